@@ -1,0 +1,56 @@
+"""Plan, simulate and run parallel training and serving of large language models.
+
+A strategy is written once, as a schedule, and the same schedule is executed for real or simulated. What
+most users need is here: `attention`, `SequenceLayout`, `Timeline`. Importing this package imports nothing
+heavy; torch comes with the first use of a name that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from counterpoint.attention import attention as attention
+    from counterpoint.schedule.timeline import Timeline as Timeline
+    from counterpoint.strategies.sequence.layout import SequenceLayout as SequenceLayout
+
+    __version__: str
+
+_EXPORTS = {
+    "SequenceLayout": "counterpoint.strategies.sequence.layout",
+    "Timeline": "counterpoint.schedule.timeline",
+}
+
+__all__ = ["SequenceLayout", "Timeline", "__version__", "attention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("counterpoint")
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'counterpoint' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    # Importing the submodule counterpoint.attention would bind the module over the function of the same
+    # name; a property on the package's class wins over that binding.
+    @property
+    def attention(self) -> Any:
+        return importlib.import_module("counterpoint.attention").attention
+
+    @attention.setter
+    def attention(self, module: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

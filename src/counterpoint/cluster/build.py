@@ -1,9 +1,9 @@
-"""From a validated cluster file to a Cluster and back; the checks of what a file means together."""
+"""From a validated cluster file to a Cluster; the checks of what its values mean together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 from counterpoint.cluster.cluster import LEVELS, Cluster, Level, LevelName, LinkKind
 from counterpoint.cluster.curves import Curve
@@ -65,17 +65,21 @@ def _device(name: str, file: DeviceFile) -> Device:
         for dtype, curve in table.items():
             if dtype in file.peak and curve.maximum > file.peak[dtype] * 1.0001:
                 raise Mistake(
-                    f"attains {curve.maximum:.4g} FLOP/s, above the peak of {file.peak[dtype]:.4g} for {dtype}",
+                    f"attains {curve.maximum:.4g} FLOP/s, above the {dtype} peak of {file.peak[dtype]:.4g}",
                     *("devices", name, "rates", work_class, dtype),
                 )
     return Device(name, file.peak, file.rates, tuple(memory), file.launch)
 
 
-def _placement(file: ClusterFile, devices: Mapping[str, Device], world_size: int) -> tuple[tuple[str, int], ...]:
+def _placement(
+    file: ClusterFile, devices: Mapping[str, Device], world_size: int
+) -> tuple[tuple[str, int], ...]:
     if file.placement is None:
         if len(devices) > 1:
             names = ", ".join(devices)
-            raise Mistake(f"several device types ({names}) and no placement; say which ranks have which", "devices")
+            raise Mistake(
+                f"several device types ({names}) and no placement; say which ranks have which", "devices"
+            )
         return ((next(iter(devices)), world_size),)
     for index, (name, _) in enumerate(file.placement):
         if name not in devices:
@@ -101,7 +105,9 @@ def _level(index: int, file: LevelFile, files: tuple[LevelFile, ...], inside: li
     if carries is None:
         carries = file.link in ("switch", "bus") and LEVELS.index(file.level) >= LEVELS.index("island")
     if carries and file.link in ("mesh", "pairs"):
-        raise Mistake(f"a {file.link} has no port that traffic of outer levels could pass", *place, "carries_outer")
+        raise Mistake(
+            f"a {file.link} has no port that traffic of outer levels could pass", *place, "carries_outer"
+        )
     bandwidth = file.bandwidth
     if file.oversubscription is not None:
         bandwidth = _tapered(file, inside, place)
@@ -112,7 +118,7 @@ def _level(index: int, file: LevelFile, files: tuple[LevelFile, ...], inside: li
         children *= level.count
     if file.ports > children:
         raise Mistake(
-            f"{file.ports} ports for a child of {children} devices; give {children} ports of the summed bandwidth",
+            f"{file.ports} ports for a child of {children} devices; give {children} of more bandwidth",
             *place,
             "ports",
         )
@@ -164,7 +170,9 @@ def _check_kind(file: LevelFile, place: tuple[str | int, ...]) -> None:
     if file.link != "switch":
         for key in ("ports", "receive_bandwidth", "oversubscription"):
             if key in given:
-                raise Mistake(f"{key} is only for link: switch; this level's link is {file.link}", *place, key)
+                raise Mistake(
+                    f"{key} is only for link: switch; this level's link is {file.link}", *place, key
+                )
     if file.latency is None:
         raise Mistake("missing key 'latency'", *place)
     if file.bandwidth is None and file.oversubscription is None:
@@ -178,7 +186,7 @@ def _tapered(file: LevelFile, inside: list[Level], place: tuple[str | int, ...])
     assert file.oversubscription is not None
     if not inside or inside[-1].link != "switch" or not inside[-1].carries_outer:
         raise Mistake(
-            "oversubscription needs a switch that carries outer traffic as the level inside; give bandwidth instead",
+            "oversubscription needs a switch with carries_outer as the level inside; give bandwidth instead",
             *place,
             "oversubscription",
         )
@@ -189,7 +197,8 @@ def _tapered(file: LevelFile, inside: list[Level], place: tuple[str | int, ...])
 def _links(file: LevelFile, latency: float, size: int, place: tuple[str | int, ...]) -> tuple[Link, ...]:
     if file.link == "pairs" and size > MOST_LISTED_DEVICES:
         raise Mistake(
-            f"a list of pairs for {size} devices; lists go up to {MOST_LISTED_DEVICES}, use a switch or mesh", *place
+            f"a list of pairs for {size} devices; lists go up to {MOST_LISTED_DEVICES}, use a switch or mesh",
+            *place,
         )
     links: dict[tuple[int, int], Link] = {}
     for index, link in enumerate(file.links):
@@ -243,8 +252,8 @@ def _check_links(cluster: Cluster, tier: int, level: Level) -> None:
         (a, b), more = missing[0], len(missing) - 1
         also = f" ({more} more ordered pairs have none)" if more else ""
         raise Mistake(
-            f"missing link: none from device {a} to device {b}{also}; add it, or set forwarding: true if devices "
-            "in between pass traffic on",
+            f"missing link: none from device {a} to device {b}{also}; add it, or set forwarding: true "
+            "if devices in between pass traffic on",
             *place,
         )
 
@@ -252,87 +261,3 @@ def _check_links(cluster: Cluster, tier: int, level: Level) -> None:
 def _named(devices: list[int]) -> str:
     text = ", ".join(map(str, devices[:4])) + (", ..." if len(devices) > 4 else "")
     return f"device {text}" if len(devices) == 1 else f"devices {text}"
-
-
-def to_file(cluster: Cluster) -> dict[str, Any]:
-    """The cluster as plain values in base units, in the order of the file format."""
-    levels = [_level_to_file(level) for level in cluster.levels]
-    return _without_empty(
-        {
-            "name": cluster.name,
-            "about": cluster.about,
-            "sources": dict(cluster.sources),
-            "devices": {name: _device_to_file(device) for name, device in cluster.devices.items()},
-            "placement": [{name: count} for name, count in cluster.placement] if len(cluster.devices) > 1 else None,
-            "world_size": cluster.world_size if cluster.world_size != cluster.places else None,
-        }
-    ) | {"levels": levels}
-
-
-def _device_to_file(device: Device) -> dict[str, Any]:
-    return _without_empty(
-        {
-            "memory": {
-                m.name: {
-                    "size": m.size_bytes,
-                    "bandwidth": m.peak_bytes_per_second,
-                    "attained": _curve_to_file(m.attained),
-                }
-                for m in device.memory
-            },
-            "peak": dict(device.peak_flops_per_second),
-        }
-    ) | {
-        "rates": {c: {d: _curve_to_file(k) for d, k in table.items()} for c, table in device.rates.items()},
-        "launch": device.launch_seconds,
-    }
-
-
-def _level_to_file(level: Level) -> dict[str, Any]:
-    pairs = level.link == "pairs"
-    derived = pairs or level.oversubscription is not None
-    return _without_empty(
-        {
-            "level": level.level,
-            "name": level.name,
-            "count": level.count,
-            "link": level.link,
-            "peak": level.peak_bytes_per_second,
-            "bandwidth": None if derived else level.bytes_per_second,
-            "receive_bandwidth": level.receive_bytes_per_second,
-            "oversubscription": level.oversubscription,
-            "ports": level.ports if level.ports > 1 else None,
-            "latency": level.latency_seconds,
-            "attained": _curve_to_file(level.attained),
-            "carries_outer": None if pairs or level.link == "mesh" else level.carries_outer,
-            "forwarding": level.forwarding if pairs else None,
-            "links": [_link_to_file(link) for link in level.links],
-            "collectives": {
-                kind: {ranks: _curve_to_file(curve) for ranks, curve in tables.items()}
-                for kind, tables in level.collectives.items()
-            },
-        }
-    )
-
-
-def _link_to_file(link: Link) -> dict[str, Any]:
-    return _without_empty(
-        {
-            "between": [link.source, link.destination],
-            "bandwidth": link.bytes_per_second,
-            "latency": link.latency_seconds,
-            "attained": _curve_to_file(link.attained),
-            "level": link.level,
-            "one_way": True,
-        }
-    )
-
-
-def _curve_to_file(curve: Curve | None) -> Any:
-    if curve is None:
-        return None
-    return curve.maximum if curve.is_constant else dict(curve.points)
-
-
-def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value not in (None, "", {}, [], ())}

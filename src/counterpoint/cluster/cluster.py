@@ -170,7 +170,9 @@ class Cluster:
                 for b in range(self.sizes[tier])
                 if a // step != b // step
             )
-        return [replace(link, source=link.source + first, destination=link.destination + first) for link in own]
+        return [
+            replace(link, source=link.source + first, destination=link.destination + first) for link in own
+        ]
 
     def device(self, rank: int) -> Device:
         """The device of a rank.
@@ -188,7 +190,9 @@ class Cluster:
 
     def _check(self, rank: int) -> None:
         if not 0 <= rank < self.world_size:
-            raise ValueError(f"cluster {self.name} has ranks 0 to {self.world_size - 1}; rank {rank} was asked for")
+            raise ValueError(
+                f"cluster {self.name} has ranks 0 to {self.world_size - 1}; rank {rank} was asked for"
+            )
 
     def tier(self, ranks: Sequence[int]) -> int:
         """Number of the innermost level (0 is the innermost) that has all these ranks in one group."""

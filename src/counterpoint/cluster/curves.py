@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Curve:
 
     def falling_time(self) -> tuple[float, float] | None:
         """The first two neighbouring sizes of which the larger takes less time, or None."""
-        for (x0, y0), (x1, y1) in zip(self.points, self.points[1:]):
+        for (x0, y0), (x1, y1) in pairwise(self.points):
             if x1 / y1 < x0 / y0 * (1 - 1e-9):
                 return x0, x1
         return None
@@ -79,8 +80,8 @@ class Curve:
                 return self
             if moving <= 0:
                 raise ValueError(
-                    f"{size:.0f} bytes at {rate:.4g} bytes/s take {size / rate:.3g} s, no longer than the latency of "
-                    f"{latency_seconds:.3g} s; lower the latency or correct this point"
+                    f"{size:.0f} bytes at {rate:.4g} bytes/s take {size / rate:.3g} s, no longer than the "
+                    f"latency of {latency_seconds:.3g} s; lower the latency or correct this point"
                 )
             points.append((size, size / moving))
         return Curve(tuple(points))

@@ -61,7 +61,7 @@ class Device:
         """Attained FLOP/s over FLOPs; None for elementwise work without a table (memory alone bounds it).
 
         Raises:
-            ValueError: the class is unknown, or neither it nor the class that stands in for it knows the dtype.
+            ValueError: the class is unknown, or neither it nor what stands in for it knows the dtype.
         """
         if work_class not in WORK_CLASSES:
             raise ValueError(f"work class '{work_class}' is unknown; use one of {', '.join(WORK_CLASSES)}")

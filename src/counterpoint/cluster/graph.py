@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 from counterpoint.cluster.curves import Curve
@@ -52,10 +53,10 @@ class PairGraph:
         back = self._way(destination, source)
         if source > destination and self._worth(back[::-1]) == self._worth(there):
             there = back[::-1]
-        return tuple(self._next[a][b] for a, b in zip(there, there[1:]))
+        return tuple(self._next[a][b] for a, b in pairwise(there))
 
     def _worth(self, way: tuple[int, ...]) -> tuple[int, float] | None:
-        hops = [self._next[a].get(b) for a, b in zip(way, way[1:])]
+        hops = [self._next[a].get(b) for a, b in pairwise(way)]
         widths = [link.bytes_per_second for link in hops if link]
         return (len(hops), min(widths)) if len(widths) == len(hops) else None
 
@@ -74,7 +75,9 @@ class PairGraph:
             done[way[-1]] = way
             for neighbour, link in self._next[way[-1]].items():
                 if neighbour not in done:
-                    heapq.heappush(heap, (hops + 1, max(narrowest, -link.bytes_per_second), (*way, neighbour)))
+                    heapq.heappush(
+                        heap, (hops + 1, max(narrowest, -link.bytes_per_second), (*way, neighbour))
+                    )
         return done
 
     def reachable(self, source: int) -> set[int]:
@@ -86,7 +89,8 @@ class PairGraph:
         backward = PairGraph(
             self.size,
             tuple(
-                Link(k.destination, k.source, k.bytes_per_second, k.latency_seconds, k.level) for k in self.links
+                Link(k.destination, k.source, k.bytes_per_second, k.latency_seconds, k.level)
+                for k in self.links
             ),
         )
         return backward.reachable(destination)

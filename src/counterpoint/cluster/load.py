@@ -1,4 +1,4 @@
-"""Cluster files: read with the line of every mistake, and written."""
+"""Cluster files, read with the line of every mistake."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from counterpoint.cluster.build import Mistake, build, to_file
+from counterpoint.cluster.build import Mistake, build
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.cluster.schema import ClusterFile
 
@@ -51,20 +51,15 @@ def parse_cluster(text: str, where: str = "cluster") -> Cluster:
     raise ClusterFileError(f"{where}:{_line(place, lines)}: {keys}{': ' if keys else ''}{message}")
 
 
-def dump_cluster(cluster: Cluster) -> str:
-    """The cluster as YAML text in base units; `parse_cluster` gives the same cluster back."""
-    return yaml.safe_dump(to_file(cluster), sort_keys=False, width=100, allow_unicode=True)
-
-
 def _explain(problem: Any) -> tuple[Place, str]:
     """Where (keys) and what, from one of pydantic's errors."""
     place = tuple(problem["loc"])
     if problem["type"] == "cluster":
-        return (*place, *problem["ctx"]["keys"]), problem["ctx"]["message"]
+        return (*place, *problem["ctx"]["keys"]), str(problem["ctx"]["message"])
     if problem["type"] == "missing":
         return place[:-1], f"missing key '{place[-1]}'"
     kinds = {"dict_type": "a mapping is needed here", "tuple_type": "a list is needed here"}
-    return place, kinds.get(problem["type"], problem["msg"])
+    return place, kinds.get(problem["type"]) or str(problem["msg"])
 
 
 def _line(place: Place, lines: dict[Place, int]) -> int:
@@ -99,7 +94,9 @@ def _read_yaml(text: str, where: str) -> tuple[Any, dict[Place, int]]:
         loader.dispose()
 
 
-def _construct(loader: yaml.SafeLoader, node: yaml.Node, place: Place, lines: dict[Place, int], where: str) -> Any:
+def _construct(
+    loader: yaml.SafeLoader, node: yaml.Node, place: Place, lines: dict[Place, int], where: str
+) -> Any:
     lines.setdefault(place, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, entry, (*place, i), lines, where) for i, entry in enumerate(node.value)]
@@ -119,7 +116,7 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, place: Place, lines: di
 
 
 def _refuse_twice(node: yaml.MappingNode, place: Place, where: str) -> None:
-    """YAML lets the last of two equal keys win; here that is a mistake. Merged keys (<<) may be overridden."""
+    """YAML lets the last of two equal keys win; here that is a mistake. Merged keys (<<) may be replaced."""
     seen = set()
     for key_node, _ in node.value:
         text = (key_node.tag, str(key_node.value))

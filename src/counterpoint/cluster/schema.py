@@ -1,10 +1,11 @@
-"""The cluster file as pydantic sees it: keys, types, units. What a file means together is checked in build.py."""
+"""The cluster file as pydantic sees it: keys, types, units. build.py checks them together."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
@@ -38,7 +39,9 @@ class Strict(BaseModel):
         for key in data:
             if key not in _keys(cls):
                 allowed = ", ".join(_keys(cls))
-                raise mistake(f"unknown key '{key}'{nearest(str(key), _keys(cls))}; allowed are {allowed}", key)
+                raise mistake(
+                    f"unknown key '{key}'{nearest(str(key), _keys(cls))}; allowed are {allowed}", key
+                )
         return data
 
 
@@ -49,7 +52,14 @@ def _keys(model: type[BaseModel]) -> list[str]:
 def _a(value: Any) -> str:
     if value is None:
         return "nothing"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+    }
     kind = names.get(type(value), type(value).__name__)
     return f"'{value}'" if isinstance(value, str) and len(value) < 40 else kind
 
@@ -78,12 +88,14 @@ def _curve(value: Any, size: Dimension, rate: Dimension) -> Curve:
             raise mistake(error.message(), key) from None
     curve = Curve.of(points)
     sizes = [point[0] for point in curve.points]
-    twice = [a for a, b in zip(sizes, sizes[1:]) if a == b]
+    twice = [a for a, b in pairwise(sizes) if a == b]
     if twice:
         raise mistake(f"the table gives the size {twice[0]:.0f} twice")
     if falling := curve.falling_time():
         smaller, larger = (f"{x:.0f}" for x in falling)
-        raise mistake(f"by this table size {larger} takes less time than size {smaller}; correct one of the two rates")
+        raise mistake(
+            f"by this table size {larger} takes less time than size {smaller}; correct one of the two rates"
+        )
     return curve
 
 
@@ -125,11 +137,15 @@ def _flag(value: Any) -> bool:
 
 def _one_of(value: Any, known: tuple[str, ...], what: str) -> str:
     if value not in known:
-        raise mistake(f"unknown {what} {_a(value)}{nearest(str(value), known)}; allowed are {', '.join(known)}")
+        raise mistake(
+            f"unknown {what} {_a(value)}{nearest(str(value), known)}; allowed are {', '.join(known)}"
+        )
     return value
 
 
-def _table(value: Any, check: Callable[[Any], Any], names: tuple[str, ...] = (), what: str = "") -> dict[Any, Any]:
+def _table(
+    value: Any, check: Callable[[Any], Any], names: tuple[str, ...] = (), what: str = ""
+) -> dict[Any, Any]:
     """A mapping whose keys are `names` (any, where there are none) and whose values pass `check`."""
     if not isinstance(value, dict):
         raise mistake(f"{_a(value)} given where a mapping is needed")
@@ -154,7 +170,9 @@ def _endpoints(value: Any) -> tuple[int, int]:
 
 
 def _runs(value: Any) -> tuple[tuple[str, int], ...]:
-    wrong = "placement is a list such as [laptop: 4, phone: 2], a device type and how many ranks in a row have it"
+    wrong = (
+        "placement is a list such as [laptop: 4, phone: 2], a device type and how many ranks in a row have it"
+    )
     if not isinstance(value, list):
         raise mistake(wrong)
     runs = []

@@ -82,7 +82,9 @@ def format_quantity(value: float, dimension: Dimension) -> str:
         for name in ("s", "ms", "us", "ns"):
             if value >= _SECONDS[name] or name == "ns":
                 return f"{value / _SECONDS[name]:.3g} {name}"
-    suffix = {"bytes": "B", "bytes_per_second": "B/s", "flops": "FLOP", "flops_per_second": "FLOP/s"}[dimension]
+    suffix = {"bytes": "B", "bytes_per_second": "B/s", "flops": "FLOP", "flops_per_second": "FLOP/s"}[
+        dimension
+    ]
     for prefix in ("E", "P", "T", "G", "M", "k", ""):
         if abs(value) >= 0.9995 * _DECIMAL[prefix] or not prefix:
             return f"{_three_digits(value / _DECIMAL[prefix])} {prefix}{suffix}"

@@ -131,18 +131,22 @@ def match_transfers(spans: list[Span]) -> list[tuple[int, int]]:
     return [pair for sends, receives in queues.values() for pair in zip(sends, receives)]
 
 
+def transfer_begins(spans: list[Span], pairs: list[tuple[int, int]] | None = None) -> list[float]:
+    """When something began to move in each span: a posted receive waits for the send it is paired with."""
+    begins = [s.start for s in spans]
+    for send, receive in match_transfers(spans) if pairs is None else pairs:
+        begins[receive] = min(max(spans[receive].start, spans[send].start), spans[receive].stop)
+    return begins
+
+
 def lay_out(timeline: Timeline, order: list[str] | None = None) -> list[Lane]:
     """Lanes of every rank in order, with their bars; `Bar.partner` is an index into `timeline.spans`."""
     spans = timeline.spans
-    partner: dict[int, int] = {}
-    for send, receive in match_transfers(spans):
-        partner[send], partner[receive] = receive, send
+    pairs = match_transfers(spans)
+    partner = dict(pairs) | {receive: send for send, receive in pairs}
     lanes: dict[tuple[int, str], list[tuple[float, int]]] = defaultdict(list)
-    for index, s in enumerate(spans):
-        begin = s.start
-        if s.kind == "recv" and index in partner:
-            begin = min(max(begin, spans[partner[index]].start), s.stop)
-        lanes[s.rank, s.stream].append((begin, index))
+    for index, begin in enumerate(transfer_begins(spans, pairs)):
+        lanes[spans[index].rank, spans[index].stream].append((begin, index))
     order = order or stream_order([timeline])
     drawn = []
     for rank, stream in sorted(lanes, key=lambda key: (key[0], order.index(key[1]))):

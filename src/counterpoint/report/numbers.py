@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from counterpoint.report.lanes import transfer_begins
 from counterpoint.schedule.timeline import Span, Timeline
 
 CATEGORIES = ("compute", "hidden", "exposed", "idle")
@@ -20,19 +21,35 @@ class CategoryLine:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """A span, and when something began to move in it: a posted receive waits for its sender first."""
+
+    span: Span
+    begin: float
+
+    @property
+    def seconds(self) -> float:
+        return self.span.stop - self.begin
+
+    @property
+    def waited(self) -> float:
+        return self.begin - self.span.start
+
+
+@dataclass(frozen=True, slots=True)
 class StepLine:
     """One step in each timeline (None: it does not occur there)."""
 
-    spans: tuple[Span | None, ...]
+    steps: tuple[Step | None, ...]
 
     @property
-    def any(self) -> Span:
-        return next(s for s in self.spans if s is not None)
+    def span(self) -> Span:
+        return next(step.span for step in self.steps if step is not None)
 
     @property
     def difference(self) -> float:
         """Seconds by which the last timeline's step is longer; a step that is missing counts as zero."""
-        first, last = self.spans[0], self.spans[-1]
+        first, last = self.steps[0], self.steps[-1]
         return (last.seconds if last else 0.0) - (first.seconds if first else 0.0)
 
 
@@ -61,18 +78,23 @@ def link_lines(timelines: list[Timeline]) -> list[tuple[tuple[int, int], tuple[i
 def longest_steps(timelines: list[Timeline], count: int = 12) -> list[StepLine]:
     """The longest steps of a single timeline; of two, the steps whose durations differ most.
 
-    Steps of two timelines are the same when rank, stream and name agree, in order of occurrence.
+    A receive lasts from when its sender began. Steps of two timelines are the same when rank, stream and
+    name agree, in order of occurrence.
     """
     if len(timelines) == 1:
-        spans = sorted(timelines[0].spans, key=lambda s: (-s.seconds, s.start, s.rank))
-        return [StepLine((s,)) for s in spans[:count]]
-    found: dict[tuple[int, str, str, int], list[Span | None]] = {}
+        longest = sorted(_steps(timelines[0]), key=lambda step: -step.seconds)[:count]
+        return [StepLine((step,)) for step in longest]
+    found: dict[tuple[int, str, str, int], list[Step | None]] = {}
     for index, timeline in enumerate(timelines):
         seen: dict[tuple[int, str, str], int] = defaultdict(int)
-        for s in sorted(timeline.spans, key=lambda s: s.start):
-            occurrence = seen[s.rank, s.stream, s.name]
-            seen[s.rank, s.stream, s.name] += 1
-            key = (s.rank, s.stream, s.name, occurrence)
-            found.setdefault(key, [None] * len(timelines))[index] = s
-    lines = [StepLine(tuple(spans)) for spans in found.values()]
+        for step in _steps(timeline):
+            place = step.span.rank, step.span.stream, step.span.name
+            found.setdefault((*place, seen[place]), [None] * len(timelines))[index] = step
+            seen[place] += 1
+    lines = [StepLine(tuple(steps)) for steps in found.values()]
     return sorted(lines, key=lambda line: -abs(line.difference))[:count]
+
+
+def _steps(timeline: Timeline) -> list[Step]:
+    begins = transfer_begins(timeline.spans)
+    return sorted((Step(s, b) for s, b in zip(timeline.spans, begins)), key=lambda step: step.span.start)

@@ -41,7 +41,7 @@ def format_change(before: float, after: float) -> str:
 
 def signed(text: str, value: float) -> str:
     """Puts a plus sign before a formatted value that is above zero."""
-    return f"+{text}" if value > 0 else text
+    return f"+{text}" if value > 0 and not text.startswith("0 ") else text
 
 
 def _three(value: float) -> str:

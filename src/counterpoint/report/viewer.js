@@ -16,22 +16,19 @@
   for (const root of document.querySelectorAll(".viewer")) build(root);
 
   function build(root) {
-    const data = JSON.parse(root.querySelector("script").textContent);
+    const data = JSON.parse(root.querySelector("script").textContent), end = Math.max(data.stop, SHORTEST);
     const canvas = root.querySelector("canvas"), pen = canvas.getContext("2d");
     const tip = root.querySelector(".tip"), said = root.querySelector("output");
-    const end = Math.max(data.stop, SHORTEST);
-    let view = [0, end], width = 0, chosen = null, pending = false;
+    let view = [0, end], width = 0, chosen = null, pending = false, y = AXIS;
 
     // Vertical layout: every lane knows its height on the canvas, every bar its lane.
     const lanes = [], bars = [];
-    let y = AXIS;
     data.groups.forEach((group, index) => {
       if (index) y += data.groups[index - 1].rank === group.rank ? 5 : 16;
       group.top = y;
       for (const lane of group.lanes) {
         Object.assign(lane, { y, group, height: LANE * Math.max(1, lane.rows * 0.6) });
-        for (const bar of lane.bars) bar.lane = lane;
-        bars.push(...lane.bars);
+        for (const bar of lane.bars) bars.push(Object.assign(bar, { lane }));
         lanes.push(lane);
         y += lane.height + 1;
       }
@@ -64,10 +61,9 @@
       for (const name of ["ink", "muted", "line", "stripe", "compute", "exposed"]) {
         colours[name] = style.getPropertyValue(`--${name}`).trim();
       }
+      colours.hatching = hatching(colours.exposed);
       width = root.clientWidth;
-      canvas.width = width * dots;
-      canvas.height = height * dots;
-      canvas.style.height = `${height}px`;
+      Object.assign(canvas, { width: width * dots, height: height * dots });
       pen.setTransform(dots, 0, 0, dots, 0, 0);
       pen.font = "11px system-ui, sans-serif";
       pen.textBaseline = "middle";
@@ -106,40 +102,38 @@
       for (const lane of group.lanes) pen.fillText(lane.label, GUTTER - 8, lane.y + lane.height / 2, 76);
       if (group.memory.length) pen.fillText("live bytes", GUTTER - 8, group.bottom - MEMORY / 2, 76);
       pen.save();
-      pen.beginPath();
-      pen.rect(GUTTER, group.top, plot(), group.bottom - group.top);
-      pen.clip();
+      clip(group.top, group.bottom);
       for (const lane of group.lanes) {
         pen.fillStyle = colours.stripe;
         pen.fillRect(GUTTER, lane.y, plot(), lane.height);
-        if (lane.compute) drawExposed(lane, group.exposed, colours);
+        pen.fillStyle = colours.hatching;
+        for (const [a, b] of lane.compute ? group.exposed : []) {
+          if (b >= view[0] && a <= view[1]) pen.fillRect(toX(a), lane.y + 1, Math.max(1, toX(b) - toX(a)), lane.height - 2);
+        }
         drawLane(lane, colours);
       }
       if (group.memory.length) drawMemory(group, colours);
       pen.restore();
     }
 
-    function drawExposed(lane, intervals, colours) {
-      for (const [a, b] of intervals) {
-        const left = Math.max(toX(a), GUTTER), right = Math.min(Math.max(toX(b), toX(a) + 1), width);
-        const top = lane.y + 1, deep = lane.height - 2;
-        if (left >= right) continue;
-        pen.save();
-        pen.beginPath();
-        pen.rect(left, top, right - left, deep);
-        pen.clip();
-        pen.fillStyle = pen.strokeStyle = colours.exposed;
-        pen.globalAlpha = 0.13;
-        pen.fillRect(left, top, right - left, deep);
-        pen.globalAlpha = 0.8;
-        pen.beginPath();
-        for (let at = left - (left % 6) - deep; at < right && right - left > 2; at += 6) {
-          pen.moveTo(at, top + deep);
-          pen.lineTo(at + deep, top);
-        }
-        pen.stroke();
-        pen.restore();
+    function clip(top, bottom) {
+      pen.beginPath();
+      pen.rect(GUTTER, top, plot(), bottom - top);
+      pen.clip();
+    }
+
+    function hatching(colour) {
+      const tile = Object.assign(document.createElement("canvas"), { width: 6, height: 6 }), ink = tile.getContext("2d");
+      ink.fillStyle = ink.strokeStyle = colour;
+      ink.globalAlpha = 0.13;
+      ink.fillRect(0, 0, 6, 6);
+      ink.globalAlpha = 0.85;
+      for (const x of [-6, 0, 6]) {
+        ink.moveTo(x - 1, 7);
+        ink.lineTo(x + 7, -1);
       }
+      ink.stroke();
+      return pen.createPattern(tile, "repeat");
     }
 
     const box = (bar) => {
@@ -199,19 +193,18 @@
     }
 
     function drawChosen(colours) {
-      const [x, top, w, deep] = box(chosen), partner = bars[chosen[PARTNER]];
+      const ends = [chosen, bars[chosen[PARTNER]]].filter(Boolean).map(box);
+      const [[x, top, w, deep], [px, ptop, pw, pdeep]] = [ends[0], ends[1] || ends[0]];
+      pen.save();
+      clip(0, height);
       pen.strokeStyle = colours.ink;
       pen.lineWidth = 2;
-      pen.strokeRect(x, top, w, deep);
-      if (partner) {
-        const [px, ptop, pw, pdeep] = box(partner);
-        pen.strokeRect(px, ptop, pw, pdeep);
-        pen.beginPath();
-        pen.moveTo(x + w / 2, ptop > top ? top + deep : top);
-        pen.lineTo(px + pw / 2, ptop > top ? ptop : ptop + pdeep);
-        pen.stroke();
-      }
-      pen.lineWidth = 1;
+      for (const end of ends) pen.strokeRect(...end);
+      pen.beginPath();
+      pen.moveTo(x + w / 2, ptop > top ? top + deep : top);
+      if (ends[1]) pen.lineTo(px + pw / 2, ptop > top ? ptop : ptop + pdeep);
+      pen.stroke();
+      pen.restore();
     }
 
     function facts(bar) {
@@ -228,22 +221,17 @@
       ].filter(Boolean);
     }
 
-    function choose(bar, aloud) {
-      if (bar === chosen && !aloud) return;
+    function choose(bar, x, below, aloud) {
+      if (bar || chosen) redraw();
       chosen = bar;
       tip.hidden = !bar;
-      if (bar) {
-        const element = (tag, textContent) => Object.assign(document.createElement(tag), { textContent });
-        const name = data.names[bar[NAME]], lines = facts(bar);
-        tip.replaceChildren(element("b", name), ...lines.map((line) => element("div", line)));
-        if (aloud) said.textContent = [name, ...lines].join(", ");
-      }
-      redraw();
-    }
-
-    function placeTip(x, yAt) {
+      if (!bar) return;
+      const element = (tag, textContent) => Object.assign(document.createElement(tag), { textContent });
+      const name = data.names[bar[NAME]], lines = facts(bar);
+      tip.replaceChildren(element("b", name), ...lines.map((line) => element("div", line)));
       tip.style.left = `${Math.max(0, Math.min(x + 14, root.clientWidth - tip.offsetWidth - 4))}px`;
-      tip.style.top = `${yAt + 18}px`;
+      tip.style.top = `${below + 18 + canvas.offsetTop}px`;
+      if (aloud) said.textContent = [name, ...lines].join(", ");
     }
 
     function barAt(x, yAt) {
@@ -256,15 +244,13 @@
 
     canvas.addEventListener("pointermove", (event) => {
       if (event.buttons & 1) return slide(-event.movementX);
-      choose(barAt(event.offsetX, event.offsetY));
-      if (chosen) placeTip(event.offsetX, event.offsetY + canvas.offsetTop);
+      choose(barAt(event.offsetX, event.offsetY), event.offsetX, event.offsetY);
     });
     canvas.addEventListener("pointerdown", (event) => canvas.setPointerCapture(event.pointerId));
     canvas.addEventListener("pointerleave", () => choose(null));
     canvas.addEventListener("dblclick", (event) => {
       const bar = barAt(event.offsetX, event.offsetY);
       if (bar) look(bar[BEGIN] - 1.5 * (bar[STOP] - bar[BEGIN]), 4 * (bar[STOP] - bar[BEGIN]));
-      else zoom(0.5, toTime(event.offsetX));
     });
     canvas.addEventListener("wheel", (event) => {
       if (event.ctrlKey || event.metaKey) zoom(Math.exp(event.deltaY * 0.003), toTime(event.offsetX));
@@ -282,25 +268,22 @@
       else if (chosen) next = lane.bars[lane.bars.indexOf(from) + sideways] || from;
       const span = view[1] - view[0];
       if (next[BEGIN] < view[0] || next[STOP] > view[1]) look((next[BEGIN] + next[STOP] - span) / 2, span);
-      choose(next, true);
       const [x, top, w] = box(next);
-      placeTip(Math.max(GUTTER, x + w / 2), top + canvas.offsetTop);
+      choose(next, Math.max(GUTTER, x + w / 2), top, true);
     }
+    const centre = () => (view[0] + view[1]) / 2;
     const keys = {
-      "+": () => zoom(0.6, chosen ? chosen[BEGIN] : (view[0] + view[1]) / 2),
-      "-": () => zoom(1 / 0.6, (view[0] + view[1]) / 2),
-      "0": () => look(0, end),
+      "+": () => zoom(0.6, chosen ? chosen[BEGIN] : centre()), "-": () => zoom(1 / 0.6, centre()), "0": () => look(0, end),
       ArrowLeft: (event) => (event.shiftKey ? slide(-plot() / 5) : walk(-1, 0)),
       ArrowRight: (event) => (event.shiftKey ? slide(plot() / 5) : walk(1, 0)),
       ArrowUp: () => walk(0, -1), ArrowDown: () => walk(0, 1), Escape: () => choose(null),
     };
-    keys["="] = keys["+"];
     canvas.addEventListener("keydown", (event) => {
-      if (!keys[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
+      if (!(event.key in keys) || event.ctrlKey || event.metaKey || event.altKey) return;
       keys[event.key](event);
       event.preventDefault();
     });
-    for (const button of root.querySelectorAll("button")) button.addEventListener("click", (e) => keys[button.value](e));
+    for (const button of root.querySelectorAll("button")) button.addEventListener("click", () => keys[button.value]());
 
     new ResizeObserver(redraw).observe(root);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

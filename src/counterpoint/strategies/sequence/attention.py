@@ -1,0 +1,310 @@
+"""From a problem to schedules: choose strategies by name, nest them over the axes of a mesh, write every rank's steps."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import Any
+
+from counterpoint.kernels.kernel import TensorSpec
+from counterpoint.kernels.mask import AttentionMask
+from counterpoint.schedule.schedule import Schedule
+from counterpoint.strategies.sequence import allgather, bidirectional_ring, ring, rsa, tokenring, ulysses
+from counterpoint.strategies.sequence.blocks import (
+    AttentionBuilder,
+    AttentionShape,
+    Axis,
+    Block,
+    Tree,
+)
+from counterpoint.strategies.sequence.layout import SequenceLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A pair of functions, and where they may stand when strategies nest.
+
+    nesting: -1 must come first (it changes which heads a rank has), 1 must come last (it needs whole rows).
+    """
+
+    forward: Callable[..., Block]
+    backward: Callable[..., tuple[Block, Block]]
+    nesting: int = 0
+
+
+STRATEGIES: Mapping[str, Strategy] = {
+    "ring": Strategy(ring.forward, ring.backward),
+    "bidirectional_ring": Strategy(bidirectional_ring.forward, bidirectional_ring.backward),
+    "tokenring": Strategy(tokenring.forward, tokenring.backward),
+    "allgather": Strategy(allgather.forward, allgather.backward),
+    "ulysses": Strategy(ulysses.forward, ulysses.backward, nesting=-1),
+    "rsa": Strategy(rsa.forward, rsa.backward, nesting=1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A strategy by name with options, for one axis of the mesh."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return self.name + (f"({', '.join(f'{k}={v}' for k, v in self.options)})" if self.options else "")
+
+
+Choices = str | Choice | tuple["str | Choice", ...] | list["str | Choice"]
+
+
+def parse_choices(given: Choices) -> tuple[Choice, ...]:
+    """Strategies from names: "ring", "tokenring(packets=4, relay=false)", ("ring", "ulysses") or "ring/ulysses".
+
+    One per mesh axis, outermost first. Raises ValueError for an unknown strategy, with the known ones.
+    """
+    parts = given.split("/") if isinstance(given, str) else [given] if isinstance(given, Choice) else list(given)
+    return tuple(part if isinstance(part, Choice) else _parse_choice(part) for part in parts)
+
+
+def _parse_choice(text: str) -> Choice:
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
+    if not match or match[1] not in STRATEGIES:
+        raise ValueError(f"strategy {text!r} is unknown; use one of {', '.join(STRATEGIES)}")
+    options = {}
+    for item in filter(None, (part.strip() for part in (match[2] or "").split(","))):
+        key, equals, value = (x.strip() for x in item.partition("="))
+        if not equals:
+            raise ValueError(f"option {item!r} of strategy {match[1]} has no value; write name=value")
+        words = {"true": True, "false": False, "none": None}
+        options[key] = words.get(value.lower(), int(value) if re.fullmatch(r"-?\d+", value) else value)
+    return Choice(match[1], tuple(sorted(options.items())))
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """Attention over a sequence that is sharded over the ranks of a mesh, and how to do it.
+
+    mesh: sizes of the mesh axes, outermost first; their product is the layout's world size and ranks number the
+    mesh row by row. forward, backward: one strategy per axis. wants_lse: hand the logsumexp out as well.
+    """
+
+    shape: AttentionShape
+    layout: SequenceLayout
+    mesh: tuple[int, ...]
+    forward: tuple[Choice, ...]
+    backward: tuple[Choice, ...]
+    causal: bool = True
+    window: int | None = None
+    wants_lse: bool = False
+
+    def __post_init__(self) -> None:
+        if prod(self.mesh) != self.layout.world_size:
+            raise ValueError(
+                f"the layout is for {self.layout.world_size} ranks, but the mesh {'x'.join(map(str, self.mesh))} "
+                f"has {prod(self.mesh)}"
+            )
+        for name, choices in (("forward", self.forward), ("backward", self.backward)):
+            if len(choices) != len(self.mesh):
+                raise ValueError(
+                    f"{name} names {len(choices)} strategies ({', '.join(map(str, choices))}) for a mesh with "
+                    f"{len(self.mesh)} axes; give one per axis, outermost first"
+                )
+            for choice in choices:
+                _check_options(choice, name)
+
+    @property
+    def mask(self) -> AttentionMask:
+        return AttentionMask(self.causal, self.window, self.layout.documents)
+
+    @property
+    def keeps_heads(self) -> bool:
+        """The forward pass leaves its exchanged heads for the backward pass."""
+        return "ulysses" in {c.name for c in self.forward} and self.forward_levels == self.backward_levels
+
+    @property
+    def forward_levels(self) -> tuple[Level, ...]:
+        return _levels(self.forward)
+
+    @property
+    def backward_levels(self) -> tuple[Level, ...]:
+        return _levels(self.backward)
+
+
+Level = tuple[str, tuple[int, ...]]  # strategy, and the mesh axes it works on
+
+
+def _levels(choices: tuple[Choice, ...]) -> tuple[Level, ...]:
+    """Nesting order: heads first, then loops from the outermost axis in, whole rows last.
+
+    Several axes under a strategy that may stand only first (or last) become one longer axis.
+    """
+    levels: list[Level] = []
+    for nesting in (-1, 0, 1):
+        axes = tuple(i for i, c in enumerate(choices) if STRATEGIES[c.name].nesting == nesting)
+        if nesting == 0:
+            levels += [(str(choices[i]), (i,)) for i in axes]
+        elif axes:
+            levels.append((str(choices[axes[0]]), axes))
+    return tuple(levels)
+
+
+def _check_options(choice: Choice, direction: str) -> None:
+    if choice.name not in STRATEGIES:
+        raise ValueError(f"strategy {choice.name!r} is unknown; use one of {', '.join(STRATEGIES)}")
+    strategy = STRATEGIES[choice.name]
+    allowed = _options(strategy.forward) | _options(strategy.backward)
+    for key, value in choice.options:
+        if key not in allowed:
+            known = f"it has {', '.join(sorted(allowed))}" if allowed else "it has none"
+            raise ValueError(f"{direction} strategy {choice.name} has no option {key!r}; {known}")
+        if key == "wire_dtype" and value is not None:
+            TensorSpec((), value)
+
+
+def _options(function: Callable) -> set[str]:
+    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+@lru_cache(maxsize=1024)
+def forward_schedule(problem: AttentionProblem, rank: int) -> Schedule:
+    """The forward pass of one rank: given q, k, v; returns out, lse if wanted, and what its backward pass needs.
+
+    q, out (batch, local tokens, heads, head_dim); k, v (batch, local tokens, kv_heads, head_dim);
+    lse (batch, local tokens, heads).
+    """
+    keeps = problem.keeps_heads
+    b = _builder("forward " + "/".join(map(str, problem.forward)), problem, problem.forward_levels, rank)
+    b.wants_lse = problem.wants_lse or not keeps
+    b.saved = {} if keeps else None
+    tree = _tree(problem, problem.forward_levels)
+    q, kv = _inputs(b, problem, tree, rank)
+    out = _nest(b, problem, problem.forward_levels, problem.forward, rank, "forward")(q, kv)
+    final = b.cast(replace(out, values=out.values[:1], specs=out.specs[:1]), problem.shape.dtype)
+    outputs = dict(zip(("out", "lse"), (*final.values, *(out.values[1:] if b.wants_lse else ())), strict=False))
+    for name, block in (b.saved or {}).items():
+        outputs |= {f"saved.{name}.{i}": v for i, v in enumerate(block.values)}
+    return b.finish(outputs)
+
+
+@lru_cache(maxsize=1024)
+def backward_schedule(problem: AttentionProblem, rank: int) -> Schedule:
+    """The backward pass of one rank: given dout and what the forward schedule saw and returned; returns dq, dk, dv.
+
+    Its inputs carry the names of the forward schedule's inputs and outputs, and "dout".
+    """
+    given = forward_schedule(problem, rank)
+    b = _builder("backward " + "/".join(map(str, problem.backward)), problem, problem.backward_levels, rank)
+    tree = _tree(problem, problem.backward_levels)
+    q, kv = _inputs(b, problem, tree, rank)
+    if problem.keeps_heads:
+        b.saved = _saved_blocks(b, problem, rank, given)
+    specs = b.attention_specs(q)
+    out = Block((b.input("out", specs[0]), b.input("lse", specs[1])) if q else (), specs, q.tokens, q.heads)
+    dout = Block((b.input("dout", q.specs[0]),) if q else (), q.specs, q.tokens, q.heads)
+    packet = b.packet(q, dout, out)
+    dq, dkv = _nest(b, problem, problem.backward_levels, problem.backward, rank, "backward")(packet, kv)
+    grads = [v for block in (dq, dkv) for v in b.cast(block, problem.shape.dtype).values]
+    return b.finish(dict(zip(("dq", "dk", "dv"), grads, strict=False)))
+
+
+def _nest(b: AttentionBuilder, problem: AttentionProblem, levels, choices, rank: int, way: str) -> Callable:
+    """The strategies of all levels as one function of (q, kv): each calls the next one, the last one the kernel."""
+
+    def call(function: Callable, axis: Axis, choice: Choice, inner: Callable) -> Callable:
+        options = {key: value for key, value in choice.options if key in _options(function)}
+        return lambda q, kv: function(b, axis, q, kv, inner, **options)
+
+    attend: Callable = b.attend if way == "forward" else b.attend_backward
+    for axis, choice in reversed(_axes(problem, levels, choices, rank)):
+        attend = call(getattr(STRATEGIES[choice.name], way), axis, choice, attend)
+    return attend
+
+
+def _builder(name: str, problem: AttentionProblem, levels: tuple[Level, ...], rank: int) -> AttentionBuilder:
+    world_size = problem.layout.world_size
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}; the mesh has ranks 0 to {world_size - 1}")
+    place = tuple(_place(problem.mesh, axes, rank) for _, axes in levels)
+    return AttentionBuilder(name, rank, world_size, problem.shape, problem.mask, place)
+
+
+def _inputs(b: AttentionBuilder, problem: AttentionProblem, tree: Tree, rank: int) -> tuple[Block, Block]:
+    shape, count = problem.shape, problem.layout.local_tokens(rank)
+    q = TensorSpec((shape.batch, count, shape.heads, shape.head_dim), shape.dtype)
+    kv = TensorSpec((shape.batch, count, shape.kv_heads, shape.head_dim), shape.dtype)
+    values = [b.input(name, spec) for name, spec in (("q", q), ("k", kv), ("v", kv)) if count]
+    return (
+        Block(tuple(values[:1]), (q,), tree, (0, shape.heads)),
+        Block(tuple(values[1:]), (kv, kv), tree, (0, shape.kv_heads)),
+    )
+
+
+def _axes(
+    problem: AttentionProblem, levels: tuple[Level, ...], choices: tuple[Choice, ...], rank: int
+) -> list[tuple[Axis, Choice]]:
+    """The axis and the strategy of every level, from the outside in."""
+    made = []
+    for n, (_, axes) in enumerate(levels):
+        here = _coordinates(problem.mesh, rank)
+        ranks = []
+        for places in product(*(range(problem.mesh[i]) for i in axes)):
+            there = list(here)
+            for i, place in zip(axes, places, strict=True):
+                there[i] = place
+            ranks.append(_rank(problem.mesh, there))
+        prefix = f"axis{axes[0]}." if len(levels) > 1 else ""
+        made.append((Axis(tuple(ranks), _place(problem.mesh, axes, rank), prefix), choices[levels[n][1][0]]))
+    return made
+
+
+def _tree(problem: AttentionProblem, levels: tuple[Level, ...]) -> Tree:
+    """Tokens of every rank, as a tree over the levels."""
+    mesh = problem.mesh
+
+    def grow(depth: int, fixed: dict[int, int]) -> Tree:
+        if depth == len(levels):
+            return problem.layout.local(_rank(mesh, [fixed[i] for i in range(len(mesh))]))
+        axes = levels[depth][1]
+        spots = product(*(range(mesh[i]) for i in axes))
+        return tuple(grow(depth + 1, {**fixed, **dict(zip(axes, spot, strict=True))}) for spot in spots)
+
+    return grow(0, {})
+
+
+def _saved_blocks(b: AttentionBuilder, problem: AttentionProblem, rank: int, given: Schedule) -> dict[str, Block]:
+    """The blocks that the forward pass saved, as inputs of the backward pass `b`."""
+    again = _builder("", problem, problem.forward_levels, rank)
+    again.wants_lse, again.saved = problem.wants_lse, {}
+    q, kv = _inputs(again, problem, _tree(problem, problem.forward_levels), rank)
+    _nest(again, problem, problem.forward_levels, problem.forward, rank, "forward")(q, kv)
+    return {
+        name: replace(
+            block, values=tuple(b.input(f"saved.{name}.{i}", v.spec) for i, v in enumerate(block.values))
+        )
+        for name, block in again.saved.items()
+    }
+
+
+def _coordinates(mesh: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    places = []
+    for size in reversed(mesh):
+        rank, place = divmod(rank, size)
+        places.append(place)
+    return tuple(reversed(places))
+
+
+def _rank(mesh: tuple[int, ...], places: list[int]) -> int:
+    rank = 0
+    for size, place in zip(mesh, places, strict=True):
+        rank = rank * size + place
+    return rank
+
+
+def _place(mesh: tuple[int, ...], axes: tuple[int, ...], rank: int) -> int:
+    """Place of a rank along several mesh axes taken as one."""
+    here = _coordinates(mesh, rank)
+    return _rank(tuple(mesh[i] for i in axes), [here[i] for i in axes])

@@ -1,0 +1,41 @@
+"""The commands, one file each; a command's module imports the rest of the package only when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from counterpoint.cli.export import export
+from counterpoint.cli.generate import generate
+from counterpoint.cli.train import train
+
+app = typer.Typer(
+    name="counterpoint",
+    help=(
+        "Plan, simulate and run parallel training of large language models.\n\n"
+        "A strategy is written once, as a schedule; the same schedule is executed on the devices you have "
+        "and simulated on the cluster you describe."
+    ),
+    epilog="Start with: counterpoint train --set training.steps=50 --set parallel.sequence=2",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"counterpoint {installed('counterpoint')}")
+        raise typer.Exit
+
+
+app.command()(train)
+app.command()(generate)
+app.command()(export)

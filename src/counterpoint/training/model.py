@@ -1,0 +1,70 @@
+"""The model that a configuration names: a preset, a Hugging Face config.json, or fields written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from counterpoint.model.config import ModelConfig
+from counterpoint.model.presets import PRESETS
+from counterpoint.training.config_errors import nearest
+
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def model_config(model: str | Mapping[str, Any], vocabulary: int | None = None) -> ModelConfig:
+    """The shape of the model.
+
+    Args:
+        model: the name of a preset; a config.json or a directory with one; or its fields, on top of the
+            preset that `preset` names if that is given, else of type llama.
+        vocabulary: size of the tokenizer's vocabulary. It sets `vocab_size` where the model leaves it open
+            (presets, fields without it).
+
+    Raises:
+        ValueError: an unknown preset, file or field, impossible values, fewer embeddings than tokens.
+    """
+    if isinstance(model, str):
+        if model in PRESETS:
+            return model_config({"preset": model}, vocabulary)
+        if "/" not in model and not model.endswith(".json"):
+            known = ", ".join(PRESETS)
+            raise ValueError(
+                f"model = {model}: not a preset ({known}) nor a path; write ./{model} for a path"
+            )
+        config = ModelConfig.read(model)
+    else:
+        config = ModelConfig.from_dict(_fields(model, vocabulary))
+    if vocabulary is not None and config.vocab_size < vocabulary:
+        raise ValueError(
+            f"the model has {config.vocab_size} embeddings and the tokenizer {vocabulary} tokens; "
+            "raise vocab_size or use a smaller vocabulary"
+        )
+    return config
+
+
+def _fields(model: Mapping[str, Any], vocabulary: int | None) -> dict[str, Any]:
+    fields = dict(model)
+    preset = fields.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"model.preset = {preset}: allowed are {', '.join(PRESETS)}")
+    base: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {"model_type": "llama"}
+    family = fields.get("model_type", base["model_type"])
+    known = dict.fromkeys(_known(family), "")
+    for name in fields:
+        if name not in known:
+            raise ValueError(
+                f"unknown key model.{name}; the nearest known one is model.{nearest(name, known)}"
+            )
+    if vocabulary is not None:
+        base["vocab_size"] = vocabulary
+    elif "vocab_size" not in {**base, **fields}:
+        base["vocab_size"] = 256  # not known yet: a stand-in that lets the other fields be checked
+    return {**base, **fields}
+
+
+def _known(family: str) -> list[str]:
+    if family not in _FAMILIES:
+        raise ValueError(f"model.model_type = {family}: allowed are {', '.join(_FAMILIES)}")
+    shape = ModelConfig.from_dict({**PRESETS["tiny"], "model_type": family})
+    return [*shape.to_dict(), "rope_parameters", "layer_types"]

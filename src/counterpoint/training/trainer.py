@@ -1,0 +1,230 @@
+"""A training run, from its configuration to its last checkpoint: read `train` from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from counterpoint.model.config import ModelConfig
+from counterpoint.model.decoder import Decoder
+from counterpoint.schedule.timeline import Timeline
+from counterpoint.training import checkpoint
+from counterpoint.training.config import TrainConfig
+from counterpoint.training.corpus import Corpus, open_corpus
+from counterpoint.training.data import PackedStream
+from counterpoint.training.launch import StopSignal, Worker
+from counterpoint.training.mesh import Processes, open_processes
+from counterpoint.training.metrics import Metrics
+from counterpoint.training.model import model_config
+from counterpoint.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from counterpoint.training.progress import Reporter, warn
+from counterpoint.training.step import evaluate, shard, train_step
+from counterpoint.training.tokenizer import Tokenizer, open_tokenizer
+
+
+@dataclass(slots=True)
+class Run:
+    """What a run consists of; `step` and `tokens` are done, `saved` is the step of the last checkpoint."""
+
+    config: TrainConfig
+    processes: Processes
+    directory: Path
+    shape: ModelConfig
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    stream: PackedStream
+    step: int = 0
+    tokens: int = 0
+    saved: int = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+
+def train(config: TrainConfig, worker: Worker | None = None) -> int:
+    """Trains as `config` says, alone or as one of the workers of a run; returns the exit code.
+
+    Starts from the newest checkpoint in the run's directory if there is one. SIGINT and SIGTERM finish the
+    step, save and return 128 + the signal. Raises ValueError or OSError, with one clear line, for what the
+    user can mend, and FloatingPointError when the loss is no longer a number.
+    """
+    steps, training = config.training.steps, config.training
+    with StopSignal() as stop, open_processes(config.parallel, worker) as processes:
+        directory = Path(config.directory)
+        corpus = open_corpus(config.data.paths, config.data.field)
+        tokenizer = prepare_tokenizer(config, corpus, directory / "tokenizer", processes)
+        shape = model_config(config.model, tokenizer.vocab_size)
+        check_lengths(config, shape)
+        stream, held_out = (partial(open_stream, config, corpus.split(s), tokenizer) for s in _SPLITS)
+        model = shard(Decoder(shape, training.seed), config, processes)
+        optimizer = make_optimizer(model, config.optimizer)
+        run = Run(config, processes, directory, shape, model, optimizer, stream())
+        resume(run)
+
+        processes.first(lambda: (directory / "config.yaml").write_text(config.to_yaml()))
+        metrics = Metrics(directory, run.step, config.metrics.tensorboard) if processes.rank == 0 else None
+        with Reporter(metrics, run.step, steps) as reporter:
+            reporter.say(headline(run))
+            seconds, counted, signal = 0.0, run.tokens, 0
+            while run.step < steps and not (signal := processes.largest(stop.received)):
+                began = time.perf_counter()
+                timeline = wanted_timeline(config, run.step + 1)
+                lr = learning_rate(run.step, steps, config.optimizer)
+                set_learning_rate(optimizer, lr)
+                result = train_step(model, optimizer, run.stream, config, processes, timeline)
+                run.step += 1
+                run.tokens += training.global_batch * config.data.sequence_length
+                seconds += time.perf_counter() - began
+
+                check_loss(result.loss, run)
+                reporter.advance(run.step)
+                if is_due(run.step, training.log_every, steps):
+                    speed = (run.tokens - counted) / seconds
+                    reporter.log(run.step, result, lr, speed, run.tokens)
+                    seconds, counted = 0.0, run.tokens
+                if timeline is not None and run.step in config.metrics.timeline_steps:
+                    write_timeline(timeline, run)
+                if is_due(run.step, training.evaluate_every, steps):
+                    reporter.log_validation(run.step, evaluate(model, held_out(), config, processes))
+                if is_due(run.step, config.checkpoint.every, steps):
+                    save(run)
+            if run.step > run.saved:
+                save(run)
+            if run.step < steps:
+                reporter.say(f"stopped after step {run.step} and saved; the same command resumes")
+                return 128 + int(signal)
+            reporter.say(f"done: checkpoints, metrics and tokenizer are in {directory}")
+    return 0
+
+
+# ---- setting up --------------------------------------------------------------------------------------
+_SPLITS = ("train", "validation")
+
+
+def prepare_tokenizer(config: TrainConfig, corpus: Corpus, folder: Path, processes: Processes) -> Tokenizer:
+    """The run's tokenizer: made by one process when it is not there yet, then read by all."""
+    open_it = partial(open_tokenizer, config.data.tokenizer, corpus, folder, config.data.vocabulary)
+    processes.first(lambda: open_it() and None)
+    return open_it()
+
+
+def open_stream(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> PackedStream:
+    """Packed sequences of a corpus, from its beginning."""
+    data, seed = config.data, config.training.seed
+    return PackedStream(corpus, tokenizer, data.sequence_length, seed, data.document_masking)
+
+
+def check_lengths(config: TrainConfig, shape: ModelConfig) -> None:
+    """ValueError when the sequences do not fit the model or the processes."""
+    length, sharing = config.data.sequence_length, config.parallel.sequence_size
+    if length > shape.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length = {length} exceeds the model's max_position_embeddings = "
+            f"{shape.max_position_embeddings}; shorten it or raise the model's"
+        )
+    if length < sharing:
+        raise ValueError(
+            f"data.sequence_length = {length} is below one token for each of {sharing} processes"
+        )
+    if config.training.precision == "bfloat16" and not torch.cuda.is_available():
+        raise ValueError("training.precision = bfloat16 needs a GPU (CPUs are far slower at it); use auto")
+
+
+def resume(run: Run) -> None:
+    """Takes up the checkpoint that the configuration asks for, if any; ValueError when it does not fit."""
+    wanted, processes = run.config.checkpoint.resume, run.processes
+    if wanted == "never":
+        if processes.first(lambda: bool(checkpoint.list_checkpoints(run.checkpoints))):
+            raise ValueError(
+                f"{run.checkpoints} holds checkpoints and checkpoint.resume is never; "
+                "choose another directory or set it to auto"
+            )
+        return
+    path = checkpoint.find(run.checkpoints, processes, warn) if wanted == "auto" else Path(wanted)
+    if path is None:
+        return
+    if wanted != "auto" and (fault := checkpoint.check(path, processes)):
+        raise ValueError(f"checkpoint.resume = {path}: not a whole checkpoint ({fault}); name another one")
+    state = checkpoint.read_state(path)
+    if state.model != run.shape.to_dict():
+        raise ValueError(f"{path} holds another model than this run's; choose another directory")
+    if state.step > run.config.training.steps:
+        raise ValueError(
+            f"{path} is at step {state.step}, beyond training.steps = {run.config.training.steps}; raise it"
+        )
+    run.stream.load_state_dict(state.data)
+    checkpoint.load(path, run.model, run.optimizer, processes)
+    run.step, run.tokens, run.saved = state.step, state.tokens, state.step
+
+
+# ---- while it runs -----------------------------------------------------------------------------------
+def save(run: Run) -> None:
+    """Writes a checkpoint of the run as it stands."""
+    config = run.config.model_dump(mode="json")
+    state = checkpoint.RunState(run.step, run.tokens, run.stream.state_dict(), config, run.shape.to_dict())
+    keep = run.config.checkpoint.keep
+    checkpoint.save(run.checkpoints, run.model, run.optimizer, state, keep, run.processes)
+    run.saved = run.step
+
+
+def check_loss(loss: float, run: Run) -> None:
+    """FloatingPointError when the loss is no longer a number: what follows would not be worth saving."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} at step {run.step}; lower optimizer.lr or raise optimizer.warmup and start "
+            f"again from step {run.saved}"
+        )
+
+
+def is_due(step: int, every: int, steps: int) -> bool:
+    """Whether something done every so many steps, 0 for never, and at the end, is due after `step`."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+def wanted_timeline(config: TrainConfig, step: int) -> Timeline | None:
+    """A timeline to record this step in, if anybody will read it."""
+    exposed = config.metrics.exposed and config.parallel.sequence_size > 1
+    logged = is_due(step, config.training.log_every, config.training.steps)
+    return Timeline() if (exposed and logged) or step in config.metrics.timeline_steps else None
+
+
+def write_timeline(timeline: Timeline, run: Run) -> None:
+    """The timelines of all ranks as one, for reading back (.json) and for Perfetto (.perfetto.json)."""
+    parallel, folder = run.config.parallel, run.directory / "timelines"
+    parts = run.processes.gather(timeline)
+
+    def write() -> None:
+        whole = Timeline.merge(parts)
+        whole.meta |= {
+            "step": run.step,
+            "forward": list(parallel.forward),
+            "backward": list(parallel.backward or parallel.forward),
+            "layout": parallel.layout,
+            "data": parallel.data,
+            "sequence": list(parallel.sequence),
+            "sequence_length": run.config.data.sequence_length,
+        }
+        folder.mkdir(exist_ok=True)
+        whole.write(folder / f"step-{run.step:08d}.json")
+        whole.write_perfetto(folder / f"step-{run.step:08d}.perfetto.json")
+
+    run.processes.first(write)
+
+
+def headline(run: Run) -> str:
+    """What is about to run, in one line."""
+    config, processes = run.config, run.processes
+    start = f"resuming after step {run.step}" if run.step else "starting"
+    axes = " x ".join(map(str, (processes.data_size, *config.parallel.sequence)))
+    how = f", {' x '.join(config.parallel.forward)}" if processes.sequence_size > 1 else ""
+    return (
+        f"{start}: {run.shape.parameters():,} parameters, {config.training.global_batch} sequences of "
+        f"{config.data.sequence_length:,} tokens per step, {axes} processes (data x sequence){how}, "
+        f"{processes.device.type}"
+    )

@@ -62,10 +62,10 @@ def render_section(section: Section) -> str:
 
 def render_table(table: Table) -> str:
     """The table as HTML; long texts wrap, numbers do not."""
-    wide = [_is_number_column([row[i] for row in table.rows]) for i in range(len(table.columns))]
     for row in table.rows:
         if len(row) != len(table.columns):
             raise ValueError(f"table row {list(row)!r} has {len(row)} cells for {len(table.columns)} columns")
+    wide = [_is_number_column([row[i] for row in table.rows]) for i in range(len(table.columns))]
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     kinds = ["number" if number else "text" for number in wide]
     head = "".join(f'<th scope="col" class="{k}">{escape(c)}</th>' for k, c in zip(kinds, table.columns))

@@ -1,5 +1,4 @@
-// The zoomable timeline of a report page. No dependencies; one <div class="viewer"> with its data inside.
-// Times in the data are microseconds after the first span.
+// The zoomable timelines of a report page: each <div class="viewer"> holds its data, times in microseconds.
 (() => {
   "use strict";
   const LANE = 19, AXIS = 24, GUTTER = 150, MEMORY = 34, SHORTEST = 0.05;
@@ -212,6 +211,7 @@
       const source = data.sources.length > 1 ? ` · ${data.sources[lane.group.source]}` : "";
       const speed = (amount, unit) => (moved > 0 ? ` at ${rate((amount / moved) * 1e6, unit)}` : "");
       return [
+        data.names[bar[NAME]],
         `rank ${lane.group.rank} · ${lane.label}${source}`,
         `${time(moved)}, from ${time(bar[BEGIN])} to ${time(bar[STOP])}`,
         waited > 0 && `posted ${time(waited)} before its sender began`,
@@ -227,7 +227,7 @@
       tip.hidden = !bar;
       if (!bar) return;
       const element = (tag, textContent) => Object.assign(document.createElement(tag), { textContent });
-      const name = data.names[bar[NAME]], lines = facts(bar);
+      const [name, ...lines] = facts(bar);
       tip.replaceChildren(element("b", name), ...lines.map((line) => element("div", line)));
       tip.style.left = `${Math.max(0, Math.min(x + 14, root.clientWidth - tip.offsetWidth - 4))}px`;
       tip.style.top = `${below + 18 + canvas.offsetTop}px`;

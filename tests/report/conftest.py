@@ -1,4 +1,4 @@
-"""A TokenRing forward and backward pass as an event calculation, to have timelines with realistic overlap.
+"""Timelines to draw: a TokenRing forward and backward pass as an event calculation, with realistic overlap.
 
 Each directed link carries one transfer at a time at a fixed rate; a rank computes one block at a time.
 """
@@ -6,8 +6,39 @@ Each directed link carries one transfer at a time at a fixed rate; a rank comput
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+
+import pytest
 
 from counterpoint.schedule.timeline import MemoryEvent, Span, Timeline
+
+
+@pytest.fixture(scope="session")
+def tokenring() -> Callable[..., Timeline]:
+    return tokenring_timeline
+
+
+@pytest.fixture(scope="session")
+def degenerate() -> dict[str, Timeline]:
+    instant = Span(0, "compute", "compute", "instant", 3.0, 3.0)
+    silent = [
+        Span(0, "q.send", "send", "q", 0.0, 1e-3, peer=1),
+        Span(1, "q.recv", "recv", "q", 0.0, 1e-3, peer=0),
+    ]
+    gathered = Span(0, "gather", "collective", "k", 0.0, 2e-3, nbytes=12, links=((1, 4), (2, 8)))
+    return {
+        "empty": Timeline(),
+        "one span": Timeline(spans=[Span(0, "compute", "compute", "attend", 5.0, 6.0, flops=10)]),
+        "no time": Timeline(spans=[instant]),
+        "no bytes": Timeline(spans=silent, memory=[MemoryEvent(0, 0.0, 0)]),
+        "memory only": Timeline(memory=[MemoryEvent(2, 1.0, 100)]),
+        "a send without its receive": Timeline(spans=silent[:1]),
+        "a collective": Timeline(spans=[gathered]),
+        "names that look like something else": Timeline(
+            spans=[Span(0, "x<y>.send", "send", "$a_b$ </script>", 0.0, 1e-3, peer=1, nbytes=7)],
+            meta={"<i>": "</table>"},
+        ),
+    }
 
 
 def tokenring_timeline(

@@ -72,6 +72,7 @@ def test_we_load_what_we_wrote(config, tmp_path, max_file_bytes):
     assert again.config == config
     assert torch.equal(logits(again, TOKENS), logits(model, TOKENS))
     assert all(p.requires_grad for p in again.parameters())
+    assert all(f.stat().st_mode & 0o777 == 0o644 for f in (tmp_path / "out").iterdir())
     tied = again.lm_head.weight is again.model.embed_tokens.weight
     assert tied == config.tie_word_embeddings
     assert load_tokenizer(tmp_path / "out").vocab_size == 257
@@ -85,6 +86,16 @@ def test_dtype_and_state_dict(tmp_path):
     weight = load_pretrained(tmp_path / "out").model.layers[1].mlp.up_proj.weight
     assert weight.dtype == torch.float32
     assert torch.equal(weight, model.model.layers[1].mlp.up_proj.weight.bfloat16().float())
+
+
+def test_a_loaded_model_does_not_hang_on_its_file(tmp_path):
+    config = ModelConfig.preset("tiny", vocab_size=257)
+    out = export(Decoder(config, seed=4), config, None, tmp_path / "out")
+    model, weights = load_pretrained(out), out / "model.safetensors"
+    size = weights.stat().st_size
+    with open(weights, "r+b") as file:
+        file.write(b"\0" * size)
+    assert torch.equal(logits(model, TOKENS), logits(Decoder(config, seed=4), TOKENS))
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import hashlib
 import itertools
@@ -28,6 +29,10 @@ class Corpus:
 
     sources: tuple[Source, ...]
     chosen: np.ndarray
+    _stops: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_stops", np.cumsum([len(source) for source in self.sources]))
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -84,11 +89,8 @@ class Corpus:
 
     def _locate(self, i: int) -> tuple[Source, int]:
         j = int(self.chosen[i])
-        for source in self.sources:
-            if j < len(source):
-                return source, j
-            j -= len(source)
-        raise AssertionError(f"document {i} lies behind the last source")
+        number = int(np.searchsorted(self._stops, j, side="right"))
+        return self.sources[number], j - (int(self._stops[number - 1]) if number else 0)
 
 
 def open_corpus(paths: Sequence[str | Path] = (), field: str = "text") -> Corpus:

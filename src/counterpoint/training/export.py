@@ -60,8 +60,10 @@ def export(
         _write_json(temporary / "generation_config.json", {"do_sample": True, **ends})
         _write_json(temporary / "config.json", {**config.to_dict(), **ends, "dtype": kind})
         temporary.chmod(0o755)
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+            _sync(file)
+        _sync(temporary)
         _swap(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -83,7 +85,8 @@ def load_pretrained(directory: str | Path, *, device: str | torch.device = "cpu"
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 (not a mapping)
-                    state[name] = weights.get_tensor(name).to(device, torch.float32)
+                    # a copy: what safetensors gives is the file itself, mapped, and changes when it does
+                    state[name] = weights.get_tensor(name).to(device, torch.float32, copy=True)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: cannot be read ({error}); download or export it again") from None
     # old files carry the rotary frequencies, which follow from the config

@@ -113,6 +113,7 @@ def _level(index: int, file: LevelFile, files: tuple[LevelFile, ...], inside: li
         bandwidth = _tapered(file, inside, place)
     if bandwidth is None:
         bandwidth = max(link.bandwidth for link in file.links)
+    _check_rates(file, bandwidth, place)
     children = 1
     for level in inside:
         children *= level.count
@@ -181,6 +182,19 @@ def _check_kind(file: LevelFile, place: tuple[str | int, ...]) -> None:
         raise Mistake("give bandwidth or oversubscription, not both", *place, "oversubscription")
 
 
+def _check_rates(file: LevelFile, bandwidth: float, place: tuple[str | int, ...]) -> None:
+    if file.bandwidth is not None and file.peak is not None and file.bandwidth > file.peak * 1.0001:
+        raise Mistake(
+            f"{file.bandwidth:.4g} bytes/s is above the peak of {file.peak:.4g}", *place, "bandwidth"
+        )
+    tables = [(file.attained, bandwidth, place)]
+    tables += [(k.attained, k.bandwidth, (*place, "links", i)) for i, k in enumerate(file.links)]
+    for curve, most, here in tables:
+        if curve and curve.maximum > most * 1.0001:
+            message = f"attains {curve.maximum:.4g} bytes/s, above the bandwidth of {most:.4g}"
+            raise Mistake(message, *here, "attained")
+
+
 def _tapered(file: LevelFile, inside: list[Level], place: tuple[str | int, ...]) -> float:
     """Bytes/s of an uplink port: what the ports of the level inside send together, over the ratio."""
     assert file.oversubscription is not None
@@ -237,12 +251,13 @@ def _check_links(cluster: Cluster, tier: int, level: Level) -> None:
     """Every device of a group reaches every other one; without forwarding, over a link of their own."""
     graph, size = cluster.graph(tier), cluster.sizes[tier]
     place = ("levels", tier, "links")
-    for ranks, way in ((graph.reachable(0), "reached from"), (graph.reaching(0), "heard by")):
+    for ranks, outwards in ((graph.reachable(0), True), (graph.reaching(0), False)):
         lost = sorted(set(range(size)) - ranks)
         if lost:
+            ends = ("device 0", _named(lost)) if outwards else (_named(lost), "device 0")
             raise Mistake(
-                f"the topology is not connected: {_named(lost)} cannot be {way} device 0; add a link between "
-                "the two parts",
+                f"the topology is not connected: no way from {ends[0]} to {ends[1]}; "
+                "add a link between the two parts",
                 *place,
             )
     if level.forwarding:

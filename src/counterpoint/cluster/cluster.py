@@ -307,4 +307,9 @@ class Cluster:
         """
         if not 1 <= world_size <= self.world_size:
             raise ValueError(f"cluster {self.name} has {self.world_size} ranks; {world_size} were asked for")
-        return replace(self, world_size=world_size)
+        placement, left = [], world_size
+        for name, count in self.placement:
+            if left:
+                placement.append((name, min(count, left)))
+                left -= placement[-1][1]
+        return replace(self, world_size=world_size, placement=tuple(placement))

@@ -42,15 +42,13 @@ class Curve:
 
     def at(self, size: float) -> float:
         """Rate (units per second) for `size` units."""
-        points = self.points
+        points, size = self.points, max(size, 1.0)
         if len(points) == 1 or size >= points[-1][0]:
             return points[-1][1]
         right = max(1, bisect_right(points, size, key=lambda point: point[0]))
         (x0, y0), (x1, y1) = points[right - 1], points[right]
         slope = math.log(y1 / y0) / math.log(x1 / x0)
         if size < x0:
-            if size <= 0:
-                return y0
             slope = min(1.0, max(0.0, slope))
         return y0 * (size / x0) ** slope
 

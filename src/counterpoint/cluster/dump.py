@@ -14,7 +14,7 @@ from counterpoint.cluster.graph import Link
 
 def dump_cluster(cluster: Cluster) -> str:
     """The cluster as YAML text in base units; `parse_cluster` gives the same cluster back."""
-    return yaml.safe_dump(to_file(cluster), sort_keys=False, width=100, allow_unicode=True)
+    return yaml.safe_dump(to_file(cluster), sort_keys=False, width=100)
 
 
 def to_file(cluster: Cluster) -> dict[str, Any]:

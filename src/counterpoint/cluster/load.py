@@ -77,9 +77,9 @@ def _dotted(place: Place) -> str:
 
 def _read_yaml(text: str, where: str) -> tuple[Any, dict[Place, int]]:
     """The plain values, and the line (from 1) of every key and list entry."""
-    loader = yaml.SafeLoader(text)
     lines: dict[Place, int] = {(): 1}
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             raise ClusterFileError(f"{where}:1: the file is empty; docs/cluster.md shows an example")
@@ -88,10 +88,10 @@ def _read_yaml(text: str, where: str) -> tuple[Any, dict[Place, int]]:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise ClusterFileError(f"{where}:{line}: not valid YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise ClusterFileError(f"{where}:1: the file refers to itself or is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ClusterFileError(f"{where}:1: not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
 
 
 def _construct(

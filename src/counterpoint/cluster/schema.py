@@ -86,6 +86,8 @@ def _curve(value: Any, size: Dimension, rate: Dimension) -> Curve:
             points.append((_quantity(key, size), _quantity(entry, rate)))
         except PydanticCustomError as error:
             raise mistake(error.message(), key) from None
+    if len(points) == 1:  # one point says nothing about other sizes: the rate stands for all of them
+        return Curve.constant(points[0][1])
     curve = Curve.of(points)
     sizes = [point[0] for point in curve.points]
     twice = [a for a, b in pairwise(sizes) if a == b]

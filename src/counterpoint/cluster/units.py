@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Literal
 
 Dimension = Literal["bytes", "bytes_per_second", "seconds", "flops", "flops_per_second"]
@@ -64,16 +65,16 @@ def parse_quantity(value: object, dimension: Dimension) -> float:
     match = _QUANTITY.fullmatch(value.strip())
     if not match:
         raise ValueError(f"'{value}' is not a quantity; {example}")
-    number, unit = float(match[1].replace("_", "")), (match[2] or "").strip()
+    unit = (match[2] or "").strip()
     if not unit:
-        return number
+        return float(match[1].replace("_", ""))
     if unit not in _UNITS:
         raise ValueError(f"'{value}' has an unknown unit '{unit}'; {example}")
     found, factor = _UNITS[unit]
     if found != dimension:
         raise ValueError(f"'{value}' is {_WHAT[found]}, not {_WHAT[dimension]}; {example}")
-    # 10 / 1e6 is the float nearest to 10 us, 10 * 1e-6 is not
-    return number * factor if factor >= 0.1 else number / round(1 / factor)
+    # in decimal, because 10 * 1e-6 in floats is not the float nearest to 10 us
+    return float(Decimal(match[1].replace("_", "")) * Decimal(str(factor)))
 
 
 def format_quantity(value: float, dimension: Dimension) -> str:

@@ -207,7 +207,8 @@ def describe(timeline: Timeline, limit: int = 120) -> str:
     """One line on where a timeline comes from: its source, ranks and the plain values of its `meta`."""
     count = len(timeline.ranks)
     parts = [timeline.source, f"{count} rank{'' if count == 1 else 's'}"]
-    parts += [f"{key.replace('_', ' ')} {value}" for key, value in timeline.meta.items() if _is_plain(value)]
+    parts += [f"{key.replace('_', ' ')} {plain(value)}" for key, value in timeline.meta.items()]
+    parts = [" ".join(part.split()) for part in parts]
     text = ""
     for part in parts:
         longer = f"{text} · {part}" if text else part
@@ -217,8 +218,13 @@ def describe(timeline: Timeline, limit: int = 120) -> str:
     return text
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool) and "\n" not in str(value)
+def plain(value: object) -> str:
+    """A JSON value in words: lists with commas, whole numbers from 10,000 on with thousands set off."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain(one) for one in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
 
 
 def _rows(intervals: list[tuple[float, float]]) -> list[int]:

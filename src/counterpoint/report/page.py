@@ -21,6 +21,7 @@ from counterpoint.report.lanes import (
     exposed,
     is_pale,
     lay_out,
+    plain,
     stream_order,
 )
 from counterpoint.report.sections import Section, Table, render_section, render_table
@@ -79,9 +80,9 @@ def _timeline_blocks(timelines: dict[str, Timeline], named: bool) -> str:
     parts += ["<h2>Memory</h2>", blocks.memory(timelines)]
     parts.append(f"<h2>{'Largest differences' if compared else 'Longest steps'}</h2>")
     parts.append(blocks.steps(timelines))
-    facts = [(k, *[t.meta.get(k, "") for t in timelines.values()]) for k in _meta_keys(timelines)]
+    facts = [(k, *[plain(t.meta.get(k, "")) for t in timelines.values()]) for k in _meta_keys(timelines)]
     if facts:
-        about = Table(["", *timelines], [[str(cell) for cell in row] for row in facts])
+        about = Table(["", *timelines], facts)
         parts += ["<h2>About the run</h2>", render_table(about)]
     if named:
         name = escape(next(iter(timelines)))

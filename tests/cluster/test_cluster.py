@@ -249,8 +249,8 @@ def test_many_thousand_devices_cost_no_more_than_their_description():
         "  - {level: node, count: 8, link: switch, bandwidth: 400 GB/s, latency: 2 us}\n"
         "  - {level: cluster, count: 8192, link: switch, ports: 8, bandwidth: 50 GB/s, latency: 5 us}"
     )
-    start = time.perf_counter()
+    start = time.process_time()
     cluster = cluster_of(levels)
     assert cluster.route(0, 65_535).bytes_per_second == 50e9
     assert cluster.route(65_535, 65_528).level == "node"
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2

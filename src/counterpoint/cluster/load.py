@@ -101,18 +101,28 @@ def _construct(
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, entry, (*place, i), lines, where) for i, entry in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        return _scalar(loader, node, place, where)
     _refuse_twice(node, place, where)
     values: dict[Any, Any] = {}
     loader.flatten_mapping(node)
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
+        key = _scalar(loader, key_node, place, where)
         line = key_node.start_mark.line + 1
         if not isinstance(key, str | int | float):
             raise ClusterFileError(f"{where}:{line}: {_dotted(place)}: a key must be text or a number")
         lines[*place, key] = line  # type: ignore[index]
         values[key] = _construct(loader, value_node, (*place, key), lines, where)  # type: ignore[arg-type]
     return values
+
+
+def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: Place, where: str) -> Any:
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, KeyError, TypeError):  # such as 2026-13-45, which YAML takes for a date
+        line, value = node.start_mark.line + 1, getattr(node, "value", "")
+        raise ClusterFileError(
+            f"{where}:{line}: {_dotted(place)}: cannot read '{value}'; put text in quotes"
+        ) from None
 
 
 def _refuse_twice(node: yaml.MappingNode, place: Place, where: str) -> None:

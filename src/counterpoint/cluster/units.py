@@ -74,7 +74,10 @@ def parse_quantity(value: object, dimension: Dimension) -> float:
     if found != dimension:
         raise ValueError(f"'{value}' is {_WHAT[found]}, not {_WHAT[dimension]}; {example}")
     # in decimal, because 10 * 1e-6 in floats is not the float nearest to 10 us
-    return float(Decimal(match[1].replace("_", "")) * Decimal(str(factor)))
+    try:
+        return float(Decimal(match[1].replace("_", "")) * Decimal(str(factor)))
+    except ArithmeticError:
+        raise ValueError(f"'{value}' is out of range; {example}") from None
 
 
 def format_quantity(value: float, dimension: Dimension) -> str:

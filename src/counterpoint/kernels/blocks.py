@@ -148,7 +148,7 @@ def _calls(
     areas: tuple[Area, ...], like: Tensor
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int], bool, Tensor | None]]:
     """Kernel calls: rows, columns, causal, additive bias. A band becomes strips with a small bias each."""
-    biases: dict[tuple[int, int, int], Tensor] = {}
+    biases: dict[tuple, Tensor] = {}
     for a in areas:
         if a.full or a.causal:
             yield (a.q_start, a.q_stop), (a.k_start, a.k_stop), a.causal, None
@@ -157,7 +157,7 @@ def _calls(
             stop = min(a.rows, i + _BAND_ROWS)
             left = 0 if a.lo is None else max(0, i + a.lo)
             right = a.columns if a.hi is None else min(a.columns, stop + a.hi)
-            shape = (stop - i, right - left, i - left)
+            shape = (stop - i, right - left, i - left, a.lo, a.hi)
             if shape not in biases:
                 ahead = torch.arange(left, right, device=like.device) - torch.arange(
                     i, stop, device=like.device

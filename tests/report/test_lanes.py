@@ -16,6 +16,7 @@ from counterpoint.report.lanes import (
     lay_out,
     match_transfers,
     stream_order,
+    transfer_begins,
 )
 from counterpoint.schedule.timeline import Span, Timeline
 
@@ -92,6 +93,15 @@ def test_a_receive_begins_when_its_sender_does(tokenring):
         assert bar.begin == max(bar.span.start, timeline.spans[bar.partner].start)
         waited += bar.begin > bar.span.start
     assert waited
+
+
+def test_a_receive_that_is_posted_late_begins_when_it_is_posted():
+    sent = Span(0, "q.send", "send", "q", 0.0, 4.0, peer=1)
+    late = Span(1, "q.recv", "recv", "q", 3.0, 4.0, peer=0)
+    early = Span(1, "q.recv", "recv", "q", -2.0, -1.0, peer=0)
+    assert transfer_begins([sent, late]) == [0.0, 3.0]
+    # Clocks that disagree must not give a bar of negative length.
+    assert transfer_begins([sent, early]) == [0.0, -1.0]
 
 
 def test_streams_stand_in_one_order_for_all_ranks(tokenring):

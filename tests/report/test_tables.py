@@ -75,7 +75,7 @@ def test_two_timelines_are_told_apart_line_by_line(tokenring):
 def test_longest_steps_leave_waiting_out(tokenring):
     timeline = tokenring(4, jitter=0.1)
     lines = longest_steps([timeline], 5)
-    seconds = [line.steps[0].seconds for line in lines]
+    seconds = [step.seconds for line in lines for step in line.steps if step]
     assert seconds == sorted(seconds, reverse=True)
     assert all(line.span.kind == "compute" for line in lines)
     assert max(s.seconds for s in timeline.spans if s.kind == "recv") > seconds[-1]

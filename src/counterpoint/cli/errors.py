@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import NoReturn
 
@@ -19,8 +20,10 @@ def is_peer_failure(error: BaseException) -> bool:
 
 def describe(error: BaseException) -> str:
     """The error as one line."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        hint = "; make room or choose another directory" if error.errno == errno.ENOSPC else ""
+        return f"{where}{error.strerror.lower()}{hint}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

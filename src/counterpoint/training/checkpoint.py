@@ -95,19 +95,19 @@ def save(
 def find(folder: Path, processes: Processes, warn: Callable[[str], None]) -> Path | None:
     """The newest undamaged checkpoint in `folder`, None when there is no checkpoint at all.
 
-    Damaged ones are renamed to end in `.damaged`, and `warn` is told which file was wrong. Called by all
-    ranks. Raises ValueError on all of them when every checkpoint is damaged.
+    `warn` is told of each damaged one before it, and which file was wrong; that one is renamed to end in
+    `.damaged`. Called by all ranks. Raises ValueError on all of them when every checkpoint is damaged.
     """
-    found = processes.first(lambda: list_checkpoints(folder))
-    for path in found:
+    damaged: list[tuple[Path, str]] = []
+    for path in processes.first(lambda: list_checkpoints(folder)):
         fault = check(path, processes)
         if fault is None:
+            processes.first(lambda: _set_aside(damaged, warn))
             return path
-        if processes.rank == 0:
-            warn(f"checkpoint {path} is damaged ({fault}); falling back to the one before")
-            path.rename(_unused(path.with_name(path.name + ".damaged")))
-    if found:
-        raise ValueError(f"no checkpoint in {folder} is undamaged; move it away to start from the beginning")
+        damaged.append((path, fault))
+    if damaged:
+        path, fault = damaged[0]
+        raise ValueError(f"no checkpoint is whole, {path}: {fault}; move {folder} away to start from step 0")
     return None
 
 
@@ -250,6 +250,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _set_aside(damaged: list[tuple[Path, str]], warn: Callable[[str], None]) -> None:
+    for path, fault in damaged:
+        warn(f"checkpoint {path} is damaged ({fault}); falling back to the one before")
+        path.rename(_unused(path.with_name(path.name + ".damaged")))
 
 
 def _unused(path: Path) -> Path:

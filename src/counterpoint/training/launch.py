@@ -246,8 +246,8 @@ def _environment(
 def _wait(workers: list[subprocess.Popen[bytes]], forward: _Forward, grace: float) -> list[int | None]:
     """Exit codes in rank order; None for a worker that had to be killed because another failed."""
     deadline = None
-    while any(process.poll() is None for process in workers):
-        failed = any(process.returncode not in (None, 0, *_stopped(forward)) for process in workers)
+    while None in (codes := [process.poll() for process in workers]):
+        failed = any(code not in (None, 0, *_stopped(forward)) for code in codes)
         if failed and deadline is None:
             deadline = time.monotonic() + grace
         if deadline is not None and time.monotonic() > deadline:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from counterpoint.runtime.errors import PeerFailure
 from counterpoint.training.config import ParallelConfig
 from counterpoint.training.launch import Worker
 
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 # Preparing data or writing a checkpoint on one rank may take long while the others wait.
 _PATIENCE = timedelta(minutes=60)
+# How gloo and NCCL say that another process is gone or silent.
+_LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe", "ncclRemote")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,16 +138,12 @@ def open_processes(parallel: ParallelConfig, worker: Worker | None) -> Iterator[
             patient,
         )
         dist.barrier()
-    finally:
-        # after a failure peers may be gone, and a goodbye would wait for them
-        if _clean():
-            dist.destroy_process_group()
-
-
-def _clean() -> bool:
-    import sys
-
-    return sys.exc_info()[0] is None
+        dist.destroy_process_group()  # not after a failure: peers may be gone, and a goodbye would wait
+    except RuntimeError as error:
+        sign = next((sign for sign in _LOST if sign in str(error)), None)
+        if isinstance(error, PeerFailure) or sign is None:
+            raise
+        raise PeerFailure(f"rank {worker.rank} lost contact with another rank: {sign.lower()}") from error
 
 
 def _join(worker: Worker, device: torch.device, timeout: timedelta) -> None:

@@ -8,18 +8,17 @@ heavy; torch comes with the first use of a name that needs it.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from counterpoint.attention import attention as attention
+    from counterpoint.runtime.attention import attention as attention
     from counterpoint.schedule.timeline import Timeline as Timeline
     from counterpoint.strategies.sequence.layout import SequenceLayout as SequenceLayout
 
     __version__: str
 
 _EXPORTS = {
+    "attention": "counterpoint.runtime.attention",
     "SequenceLayout": "counterpoint.strategies.sequence.layout",
     "Timeline": "counterpoint.schedule.timeline",
 }
@@ -40,17 +39,3 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
-
-class _Package(ModuleType):
-    # Importing the submodule counterpoint.attention would bind the module over the function of the same
-    # name; a property on the package's class wins over that binding.
-    @property
-    def attention(self) -> Any:
-        return importlib.import_module("counterpoint.attention").attention
-
-    @attention.setter
-    def attention(self, module: ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from counterpoint.attention import attention
+from counterpoint.runtime.attention import attention
 from counterpoint.model.decoder import Decoder
 from counterpoint.model.loss import IGNORE
 from counterpoint.schedule.timeline import Timeline

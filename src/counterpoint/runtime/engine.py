@@ -1,0 +1,79 @@
+"""The ranks of a mesh with what they need to run schedules: one transport, one executor, kept for the life of the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from counterpoint.runtime.executor import Executor
+from counterpoint.runtime.transport import Transport
+from counterpoint.schedule.schedule import Schedule
+from counterpoint.schedule.timeline import Timeline
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_KEPT = "_counterpoint_engine"
+
+
+class Engine:
+    """Runs schedules on the ranks of a DeviceMesh, numbered row by row; without a mesh, on this process alone.
+
+    Creating one is collective over the ranks of the mesh. timeout: seconds after which a silent peer counts as lost.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None = None, *, timeout: float = 300.0) -> None:
+        self.shape: tuple[int, ...] = (1,) if mesh is None else tuple(mesh.shape)
+        ranks = [0] if mesh is None else mesh.mesh.flatten().tolist()
+        self.world_size = len(ranks)
+        self.rank = 0
+        transport, device = None, torch.device("cpu")
+        if mesh is not None:
+            import torch.distributed as dist
+
+            if dist.get_rank() not in ranks:
+                raise ValueError(f"rank {dist.get_rank()} is not on the mesh {ranks}; call this on its ranks only")
+            self.rank = ranks.index(dist.get_rank())
+            if mesh.device_type == "cuda":
+                device = torch.device("cuda", torch.cuda.current_device())
+        if self.world_size > 1 and device.type == "cuda":
+            from counterpoint.runtime.cuda import CudaExecutor
+
+            self.executor: Executor | CudaExecutor = CudaExecutor(ranks, self.rank, device, timeout=timeout)
+        else:
+            if self.world_size > 1:
+                transport = Transport(ranks, self.rank, timeout=timeout)
+            self.executor = Executor(transport, device)
+        self.transport = transport
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh | None, *, timeout: float = 300.0) -> Engine:
+        """The engine of a mesh, made at the first call and then kept on the mesh object."""
+        if mesh is None:
+            return cls()
+        if not hasattr(mesh, _KEPT):
+            setattr(mesh, _KEPT, cls(mesh, timeout=timeout))
+        return getattr(mesh, _KEPT)
+
+    def run(
+        self, schedule: Schedule, inputs: Mapping[str, Tensor], timeline: Timeline | None = None
+    ) -> dict[str, Tensor]:
+        """Execute this rank's schedule; see `Executor.run`."""
+        return self.executor.run(schedule, inputs, timeline)
+
+    def local_lengths(self, tokens: int) -> list[int]:
+        """How many tokens every rank holds, in rank order; collective."""
+        if self.world_size == 1:
+            return [tokens]
+        import torch.distributed as dist
+
+        assert self.transport is not None or isinstance(self.executor, object)
+        group = self.executor.group if self.transport is None else self.transport.group  # type: ignore[union-attr]
+        device = "cpu" if self.transport is not None else self.executor.device
+        lengths = torch.zeros(self.world_size, dtype=torch.int64, device=device)
+        lengths[self.rank] = tokens
+        dist.all_reduce(lengths, group=group)
+        return lengths.tolist()

@@ -51,7 +51,7 @@ class Attend(Kernel):
 @register("attend_backward")
 @dataclass(frozen=True, slots=True)
 class AttendBackward(Kernel):
-    """(q, dout, lse, delta, k, v) -> (dq, dk, dv), float32. 10 pairs H D floating-point operations.
+    """(q, dout, lse, delta or out, k, v) -> (dq, dk, dv), float32. 10 pairs H D floating-point operations.
 
     P = exp(scale q k^T - lse), dv = P^T dout, dS = P (dout v^T - delta), dq = scale dS k, dk = scale dS^T q.
     """
@@ -59,6 +59,7 @@ class AttendBackward(Kernel):
     areas: tuple[Area, ...]
     scale: float
     groups: tuple[int, ...] = ()
+    has_out: bool = False  # the fourth input is the output, not delta
     operator: ClassVar[str] = "attention_backward"
 
     def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
@@ -74,8 +75,8 @@ class AttendBackward(Kernel):
     def run(self, *inputs):
         from counterpoint.kernels import blocks
 
-        q, dout, lse, delta, k, v = inputs
-        out = blocks.output_standing_in(dout, delta)
+        q, dout, lse, row, k, v = inputs
+        out = row if self.has_out else blocks.output_standing_in(dout, row)
         return blocks.attend_backward(dout, q, k, v, out, lse, self.areas, scale=self.scale, groups=self.groups)
 
     def label(self) -> str:

@@ -105,6 +105,7 @@ class AttentionBuilder(Builder):
         super().__init__(name, rank, world_size)
         self.shape, self.mask, self.place = shape, mask, place
         self.wants_lse = True  # does the caller need the logsumexp in the layout of the queries
+        self._outs: dict[str, Value] = {}  # by the name of a delta: the output it was computed from
         self._borrowed: set[str] = set()  # received values: their buffers go back to the channel, so totals copy them
         self.saved: dict[str, Block] | None = None  # what a forward pass leaves for its own backward pass
 
@@ -170,7 +171,7 @@ class AttentionBuilder(Builder):
         rows = self.mine(block.tokens).locate(wanted)
         if rows == ((0, self.mine(block.tokens).count),):
             return replace(block, tokens=tokens)
-        return self._made(block, [self.compute(Take(rows), v)[0] for v in block.values], tokens)
+        return self._made(block, [self._cut(Take(rows), v) for v in block.values], tokens)
 
     def take_heads(self, block: Block, start: int, stop: int) -> Block:
         """Heads `start` to `stop` of a block, numbered over the whole model."""
@@ -178,7 +179,7 @@ class AttentionBuilder(Builder):
             return block
         first = start - block.heads[0]
         specs = tuple(s.with_size(2, stop - start) for s in block.specs)
-        values = [self.compute(TakeHeads(first, first + stop - start), v)[0] for v in block.values]
+        values = [self._cut(TakeHeads(first, first + stop - start), v) for v in block.values]
         return Block(tuple(values), specs, block.tokens, (start, stop))
 
     def keys_for(self, kv: Block, queries: Block) -> Block:
@@ -303,8 +304,10 @@ class AttentionBuilder(Builder):
         dkv = Block((), self.gradient_specs(kv), kv.tokens, kv.heads)
         if not areas:
             return dq, dkv
-        kernel = AttendBackward(areas, self.shape.softmax_scale, self.groups(q, kv))
-        a, *b = self.compute(kernel, *q.values, *kv.values, names=("dq", "dk", "dv"))
+        *row, delta = q.values
+        out = self._outs.get(delta.name)  # where the output itself is at hand, the kernel need not stand in for it
+        kernel = AttendBackward(areas, self.shape.softmax_scale, self.groups(q, kv), out is not None)
+        a, *b = self.compute(kernel, *row, out or delta, *kv.values, names=("dq", "dk", "dv"))
         return replace(dq, values=(a,)), replace(dkv, values=tuple(b))
 
     def merge(self, total: Block | None, part: Block, over: Tree) -> Block | None:
@@ -353,6 +356,7 @@ class AttentionBuilder(Builder):
         """(q, dout, lse, delta): what the backward pass needs of a row of queries. out holds (out, lse)."""
         delta_spec = Delta().outputs(dout.specs[0], out.specs[0])
         delta = self.compute(Delta(), *dout.values, out.values[0], names=("delta",)) if dout else ()
+        self._outs.update({v.name: out.values[0] for v in delta})
         values = (*q.values, *dout.values, *out.values[1:], *delta)
         return Block(values, (*q.specs, *dout.specs, out.specs[1], *delta_spec), q.tokens, q.heads)
 
@@ -362,6 +366,12 @@ class AttentionBuilder(Builder):
         counts = tuple(min(b, (x + 1) * g) - max(a, x * g) for x in range(*kv.heads))
         assert min(counts) > 0 and sum(counts) == b - a, f"heads {q.heads} do not fit key/value heads {kv.heads}"
         return counts
+
+    def _cut(self, kernel: Take | TakeHeads, value: Value) -> Value:
+        part = self.compute(kernel, value)[0]
+        if value.name in self._outs:
+            self._outs[part.name] = self.compute(kernel, self._outs[value.name])[0]
+        return part
 
     def _made(self, like: Block, values: Sequence[Value], tokens: Tree) -> Block:
         return Block(tuple(values), tuple(v.spec for v in values), tokens, like.heads)

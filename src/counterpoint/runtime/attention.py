@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -65,7 +66,7 @@ def attention(
     engine = Engine.of(mesh, timeout=timeout)
     layout = _agreed_layout(engine, layout, q.shape[2])
     dtype = str(q.dtype).removeprefix("torch.")
-    problem = AttentionProblem(
+    problem = _problem(
         AttentionShape(q.shape[0], q.shape[1], k.shape[1], q.shape[3], dtype, scale),
         layout,
         engine.shape,
@@ -113,6 +114,12 @@ def _agreed_layout(engine: Engine, layout: SequenceLayout | str, tokens: int) ->
             f"but q has {tokens}"
         )
     return layout
+
+
+@lru_cache(maxsize=256)
+def _problem(*parts: Any) -> AttentionProblem:
+    """The same problem for the same arguments, so that layers do not check and hash it anew."""
+    return AttentionProblem(*parts)
 
 
 def _per_axis(choices: tuple, engine: Engine) -> tuple:

@@ -70,6 +70,7 @@ def parse_choices(given: Choices) -> tuple[Choice, ...]:
     return tuple(part if isinstance(part, Choice) else _parse_choice(part) for part in parts)
 
 
+@lru_cache(maxsize=256)
 def _parse_choice(text: str) -> Choice:
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
     if not match or match[1] not in STRATEGIES:
@@ -165,8 +166,9 @@ def _check_options(choice: Choice, direction: str) -> None:
             TensorSpec((), value)
 
 
-def _options(function: Callable) -> set[str]:
-    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+@lru_cache(maxsize=64)
+def _options(function: Callable) -> frozenset[str]:
+    return frozenset(p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
 @lru_cache(maxsize=1024)

@@ -51,10 +51,10 @@ def test_a_dropped_letter_finds_its_key(key, data):
         (["optimizer.lr=.nan"], "optimizer.lr = .nan: allowed is a finite number"),
         (["parallel.layout=zigzga"], "allowed is one of contiguous, zigzag, striped, document-zigzag"),
         (
-            ["parallel.forward=[ring, tokenrng]", "parallel.sequence=[2, 2]"],
-            "tokenrng: allowed is one of ring",
+            ["parallel.forward=ring/tokenrng", "parallel.sequence=[2, 2]"],
+            "parallel.forward: strategy 'tokenrng' is unknown; use one of ring",
         ),
-        (["parallel.forward=[ring, ring]"], "give one strategy per entry of parallel.sequence"),
+        (["parallel.forward=[ring, ring]"], "give one, or one per entry of parallel.sequence"),
         (["parallel.data=2", "training.global_batch=3"], "does not divide over parallel.data = 2"),
         (["optimizer.min_lr=1", "optimizer.lr=0.1"], "optimizer.min_lr = 1 is above optimizer.lr = 0.1"),
         (["optimizer.warmup=9", "training.steps=5"], "optimizer.warmup = 9 exceeds training.steps = 5"),

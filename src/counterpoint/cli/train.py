@@ -68,9 +68,9 @@ def train(
 
 def check(settings) -> None:
     """Finds mistakes in what a configuration points to before any worker starts; ValueError or OSError."""
-    from counterpoint.training.model import model_config
+    from counterpoint.training.model import check_attention, model_config
 
-    model_config(settings.model)
+    check_attention(settings, model_config(settings.model))
 
 
 def _finish(worker, settings) -> None:

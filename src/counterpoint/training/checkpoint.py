@@ -79,11 +79,11 @@ def save(
         parts = processes.gather({f.name: _sum(f) for f in mine})
         processes.first(lambda: _finish(partial, target, parts, keep))
     except (CheckpointException, OSError) as error:
+        cause, full = _cause(error), processes.first(lambda: _is_full(folder))
         processes.first(lambda: shutil.rmtree(partial, ignore_errors=True))
-        cause = _cause(error)
         if cause is None:
             raise
-        full = " (the disk is full)" if cause.errno == errno.ENOSPC else ""
+        full = " (the disk is full)" if full or cause.errno == errno.ENOSPC else ""
         kept = next((f"; {path.name} is intact" for path in list_checkpoints(folder)), "")
         raise CheckpointError(
             f"the checkpoint of step {state.step} could not be written to {folder}: "
@@ -242,8 +242,16 @@ def _cause(error: BaseException) -> OSError | None:
             return e
         # torch's zip writer turns a failed write into a RuntimeError about its own bookkeeping
         if isinstance(e, RuntimeError) and ("write" in str(e) or "unexpected pos" in str(e)):
-            return OSError(errno.EIO, "a file could not be written, the disk may be full")
+            return OSError(errno.EIO, "a file could not be written")
     return None
+
+
+def _is_full(folder: Path) -> bool:
+    # asked while the partial checkpoint still holds what it could get
+    try:
+        return shutil.disk_usage(folder).free < 1 << 20
+    except OSError:
+        return False
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -14,14 +14,21 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from counterpoint.strategies.sequence.attention import parse_choices
 from counterpoint.training.config_errors import explain, yaml_text
 
 Layout = Literal["contiguous", "zigzag", "striped", "document-zigzag"]
-StrategyName = Literal["ring", "bidirectional_ring", "tokenring", "allgather", "ulysses", "rsa"]
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+
+def _strategies(value: Any) -> Any:
+    """Names with options, one per sequence axis: "ring/tokenring(packets=4)" or a list of them."""
+    if value is None or not isinstance(value, str | list | tuple):
+        return value
+    return tuple(str(choice) for choice in parse_choices(value))
 
 
 class Section(BaseModel):
@@ -54,11 +61,12 @@ class ParallelConfig(Section):
         description="processes that share a sequence; [outer, inner] for two axes",
     )
     layout: Layout = Field("zigzag", description="which tokens lie on which process")
-    forward: Annotated[tuple[StrategyName, ...], BeforeValidator(_as_list)] = Field(
-        ("tokenring",), min_length=1, max_length=2, description="attention strategy, one per sequence axis"
+    forward: Annotated[tuple[str, ...], BeforeValidator(_strategies)] = Field(
+        ("tokenring",),
+        description="attention strategy, one per sequence axis, with options: tokenring(packets=4)",
     )
-    backward: Annotated[tuple[StrategyName, ...], BeforeValidator(_as_list)] | None = Field(
-        None, min_length=1, max_length=2, description="strategy of the backward pass; null: as forward"
+    backward: Annotated[tuple[str, ...] | None, BeforeValidator(_strategies)] = Field(
+        None, description="strategy of the backward pass; null: as forward"
     )
     timeout: float = Field(120.0, gt=0, description="seconds after which a silent peer counts as lost")
 
@@ -69,6 +77,13 @@ class ParallelConfig(Section):
             size *= n
         return size
 
+    @property
+    def strategies(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Forward and backward strategy of each sequence axis."""
+        axes = len(self.sequence)
+        forward, backward = self.forward, self.backward or self.forward
+        return (forward * axes)[:axes], (backward * axes)[:axes]
+
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
         if self.data != "auto" and self.data < 1:
@@ -76,8 +91,8 @@ class ParallelConfig(Section):
         for name, strategies in (("forward", self.forward), ("backward", self.backward)):
             if strategies is not None and len(strategies) not in (1, len(self.sequence)):
                 raise ValueError(
-                    f"parallel.{name} names {len(strategies)} strategies for {len(self.sequence)} sequence "
-                    "axis; give one strategy per entry of parallel.sequence"
+                    f"parallel.{name} names {len(strategies)} strategies for {len(self.sequence)} "
+                    "sequence axes; give one, or one per entry of parallel.sequence"
                 )
         return self
 

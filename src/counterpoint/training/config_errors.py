@@ -44,7 +44,8 @@ def explain(errors: Iterable[Any], root: type[BaseModel]) -> list[str]:
             known = sections if isinstance(error["input"], dict) and "." not in key else known_keys(root)
             found.append(f"unknown key {key}; the nearest known one is {nearest(key, known)}")
         elif error["type"] == "value_error":
-            found.append(str(error["ctx"]["error"]))
+            text = str(error["ctx"]["error"])
+            found.append(text if text.startswith(key) or not key or "." not in key else f"{key}: {text}")
         else:
             if error["type"] == "too_short" and key in refused:
                 continue  # pydantic counts the items left after dropping the wrong one

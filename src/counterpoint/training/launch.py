@@ -234,7 +234,8 @@ def _environment(
 ) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     address, port = listener.getsockname()
-    env = {"OMP_NUM_THREADS": str(max(1, cores // world_size)), **environ}
+    # torch's native warnings about lost connections would bury the one error that the parent reports
+    env = {"OMP_NUM_THREADS": str(max(1, cores // world_size)), "TORCH_CPP_LOG_LEVEL": "ERROR", **environ}
     env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     env |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     env |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}

@@ -139,11 +139,18 @@ def open_processes(parallel: ParallelConfig, worker: Worker | None) -> Iterator[
         )
         dist.barrier()
         dist.destroy_process_group()  # not after a failure: peers may be gone, and a goodbye would wait
+    except PeerFailure as error:
+        if parallel.data == 1:
+            raise
+        first = worker.rank // sequence_size * sequence_size  # the runtime numbers the ranks of its own mesh
+        where = f"ranks count from 0 within the replica of ranks {first} to {first + sequence_size - 1}"
+        raise PeerFailure(f"{error} ({where})", rank=first + error.rank, step=error.step) from error
     except RuntimeError as error:
         sign = next((sign for sign in _LOST if sign in str(error)), None)
-        if isinstance(error, PeerFailure) or sign is None:
+        if sign is None:
             raise
-        raise PeerFailure(f"rank {worker.rank} lost contact with another rank: {sign.lower()}") from error
+        message = f"rank {worker.rank} lost contact with another rank: {sign.lower()}"
+        raise PeerFailure(message, rank=worker.rank, step="a collective outside attention") from error
 
 
 def _join(worker: Worker, device: torch.device, timeout: timedelta) -> None:

@@ -1,4 +1,7 @@
-"""The model that a configuration names: a preset, a Hugging Face config.json, or fields written in place."""
+"""The model that a configuration names, and whether its attention can be shared as the configuration says.
+
+Nothing here imports torch: mistakes are found before any process starts.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ from typing import Any
 
 from counterpoint.model.config import ModelConfig
 from counterpoint.model.presets import PRESETS
+from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, parse_choices
+from counterpoint.strategies.sequence.blocks import AttentionShape
+from counterpoint.strategies.sequence.layout import SequenceLayout
+from counterpoint.training.config import TrainConfig
 from counterpoint.training.config_errors import nearest
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -41,6 +48,36 @@ def model_config(model: str | Mapping[str, Any], vocabulary: int | None = None) 
             "raise vocab_size or use a smaller vocabulary"
         )
     return config
+
+
+def check_attention(config: TrainConfig, shape: ModelConfig) -> None:
+    """ValueError when a sequence does not fit the model, or its processes cannot share its attention."""
+    length, parallel = config.data.sequence_length, config.parallel
+    if length > shape.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length = {length} exceeds the model's max_position_embeddings = "
+            f"{shape.max_position_embeddings}; shorten it or raise the model's"
+        )
+    if length < parallel.sequence_size:
+        raise ValueError(
+            f"data.sequence_length = {length} leaves some of {parallel.sequence_size} processes "
+            "without tokens; raise it"
+        )
+    if parallel.sequence_size == 1:
+        return
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    forward, backward = map(parse_choices, parallel.strategies)
+    problem = AttentionProblem(
+        AttentionShape(1, heads, kv_heads, shape.head_dim, "float32", None),
+        SequenceLayout(parallel.layout, length, parallel.sequence_size),
+        parallel.sequence,
+        forward,
+        backward,
+    )
+    try:
+        backward_schedule(problem, 0)
+    except ValueError as error:
+        raise ValueError(f"parallel.forward, parallel.backward: {error}") from None
 
 
 def _fields(model: Mapping[str, Any], vocabulary: int | None) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from counterpoint.runtime.attention import attention
 from counterpoint.model.decoder import Decoder
 from counterpoint.model.loss import IGNORE
+from counterpoint.runtime.attention import attention
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.strategies.sequence.layout import SequenceLayout
 from counterpoint.training.config import TrainConfig
@@ -85,12 +85,13 @@ def token_losses(
     layout = SequenceLayout(
         parallel.layout, batch.tokens.shape[1], processes.sequence_size, tuple(batch.documents)
     )
+    forward, backward = parallel.strategies
     attend = partial(
         attention,
         mesh=processes.sequence,
         layout=layout,
-        forward=_per_axis(parallel.forward, processes),
-        backward=_per_axis(parallel.backward, processes),
+        forward=forward,
+        backward=backward,
         timeline=timeline,
         timeout=parallel.timeout,
     )
@@ -114,7 +115,12 @@ def own_sequences(stream: PackedStream, n: int, processes: Processes) -> Iterato
 
 
 def shard(model: Decoder, config: TrainConfig, processes: Processes) -> Decoder:
-    """The model on its device, its state spread over all processes by FSDP2, layer by layer."""
+    """The model on its device, its state spread over all processes by FSDP2, layer by layer.
+
+    Raises ValueError for bfloat16 without a GPU.
+    """
+    if config.training.precision == "bfloat16" and processes.device.type == "cpu":
+        raise ValueError("training.precision = bfloat16 needs a GPU (CPUs are far slower at it); use auto")
     model = model.to(processes.device)
     if processes.state is None:
         return model
@@ -145,13 +151,6 @@ def _precision(config: TrainConfig, processes: Processes) -> AbstractContextMana
     if processes.state is None and _half(config, processes):
         return torch.autocast(processes.device.type, torch.bfloat16)
     return nullcontext()
-
-
-def _per_axis(strategies: tuple[str, ...] | None, processes: Processes) -> Any:
-    axes = 1 if processes.sequence is None else processes.sequence.ndim
-    if strategies is None or axes == 1:
-        return strategies[0] if strategies else None
-    return strategies if len(strategies) == axes else strategies * axes
 
 
 def _communication(timeline: Timeline | None) -> tuple[float, float]:

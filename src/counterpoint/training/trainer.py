@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from counterpoint.training.data import PackedStream
 from counterpoint.training.launch import StopSignal, Worker
 from counterpoint.training.mesh import Processes, open_processes
 from counterpoint.training.metrics import Metrics
-from counterpoint.training.model import model_config
+from counterpoint.training.model import check_attention, model_config
 from counterpoint.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from counterpoint.training.progress import Reporter, warn
 from counterpoint.training.step import evaluate, shard, train_step
@@ -60,7 +60,7 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
         corpus = open_corpus(config.data.paths, config.data.field)
         tokenizer = prepare_tokenizer(config, corpus, directory / "tokenizer", processes)
         shape = model_config(config.model, tokenizer.vocab_size)
-        check_lengths(config, shape)
+        check_attention(config, shape)
         stream, held_out = (partial(open_stream, config, corpus.split(s), tokenizer) for s in _SPLITS)
         model = shard(Decoder(shape, training.seed), config, processes)
         optimizer = make_optimizer(model, config.optimizer)
@@ -118,22 +118,6 @@ def open_stream(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> Pa
     """Packed sequences of a corpus, from its beginning."""
     data, seed = config.data, config.training.seed
     return PackedStream(corpus, tokenizer, data.sequence_length, seed, data.document_masking)
-
-
-def check_lengths(config: TrainConfig, shape: ModelConfig) -> None:
-    """ValueError when the sequences do not fit the model or the processes."""
-    length, sharing = config.data.sequence_length, config.parallel.sequence_size
-    if length > shape.max_position_embeddings:
-        raise ValueError(
-            f"data.sequence_length = {length} exceeds the model's max_position_embeddings = "
-            f"{shape.max_position_embeddings}; shorten it or raise the model's"
-        )
-    if length < sharing:
-        raise ValueError(
-            f"data.sequence_length = {length} is below one token for each of {sharing} processes"
-        )
-    if config.training.precision == "bfloat16" and not torch.cuda.is_available():
-        raise ValueError("training.precision = bfloat16 needs a GPU (CPUs are far slower at it); use auto")
 
 
 def resume(run: Run) -> None:
@@ -197,14 +181,16 @@ def wanted_timeline(config: TrainConfig, step: int) -> Timeline | None:
 def write_timeline(timeline: Timeline, run: Run) -> None:
     """The timelines of all ranks as one, for reading back (.json) and for Perfetto (.perfetto.json)."""
     parallel, folder = run.config.parallel, run.directory / "timelines"
-    parts = run.processes.gather(timeline)
+    # the runtime numbers ranks within a replica
+    offset = run.processes.data_rank * run.processes.sequence_size
+    parts = run.processes.gather(renumbered(timeline, offset))
 
     def write() -> None:
         whole = Timeline.merge(parts)
         whole.meta |= {
             "step": run.step,
-            "forward": list(parallel.forward),
-            "backward": list(parallel.backward or parallel.forward),
+            "forward": list(parallel.strategies[0]),
+            "backward": list(parallel.strategies[1]),
             "layout": parallel.layout,
             "data": parallel.data,
             "sequence": list(parallel.sequence),
@@ -217,12 +203,27 @@ def write_timeline(timeline: Timeline, run: Run) -> None:
     run.processes.first(write)
 
 
+def renumbered(timeline: Timeline, offset: int) -> Timeline:
+    """The timeline with `offset` added to every rank."""
+    spans = [
+        replace(
+            span,
+            rank=span.rank + offset,
+            peer=None if span.peer is None else span.peer + offset,
+            links=tuple((peer + offset, nbytes) for peer, nbytes in span.links),
+        )
+        for span in timeline.spans
+    ]
+    memory = [replace(event, rank=event.rank + offset) for event in timeline.memory]
+    return Timeline(timeline.source, spans, memory, timeline.meta)
+
+
 def headline(run: Run) -> str:
     """What is about to run, in one line."""
     config, processes = run.config, run.processes
     start = f"resuming after step {run.step}" if run.step else "starting"
     axes = " x ".join(map(str, (processes.data_size, *config.parallel.sequence)))
-    how = f", {' x '.join(config.parallel.forward)}" if processes.sequence_size > 1 else ""
+    how = f", {'/'.join(config.parallel.strategies[0])}" if processes.sequence_size > 1 else ""
     return (
         f"{start}: {run.shape.parameters():,} parameters, {config.training.global_batch} sequences of "
         f"{config.data.sequence_length:,} tokens per step, {axes} processes (data x sequence){how}, "

@@ -20,7 +20,7 @@ from counterpoint.kernels.kernel import TensorSpec, torch_dtype
 from counterpoint.runtime.errors import PeerFailure
 from counterpoint.runtime.transport import Handle, Transport
 from counterpoint.schedule.schedule import Collective, Compute, Copy, Recv, Schedule, Send, Step
-from counterpoint.schedule.table import describe
+from counterpoint.schedule.table import describe, span_name
 from counterpoint.schedule.timeline import MemoryEvent, Span, Timeline
 
 
@@ -41,7 +41,9 @@ class Executor:
         """
         for value in schedule.inputs:
             if value.name not in inputs:
-                raise ValueError(f"{schedule.name} needs an input {value.name!r}; given are {', '.join(inputs)}")
+                raise ValueError(
+                    f"{schedule.name} needs an input {value.name!r}; given are {', '.join(inputs)}"
+                )
             check_tensor(value.name, inputs[value.name], value.spec)
         run = _Run(self, schedule, inputs, timeline)
         others = [stream for stream in schedule.streams if stream != "compute"]
@@ -116,7 +118,9 @@ class _Run:
             self._span(step, index, started)
         elif isinstance(step, Send):
             started = perf_counter()
-            handles = self._transport.isend((self.values[name] for name in step.inputs), step.to, step.channel)
+            handles = self._transport.isend(
+                (self.values[name] for name in step.inputs), step.to, step.channel
+            )
             self._complete(index, step.to, handles)
             self._span(step, index, started, step.to, _nbytes(handles))
         elif isinstance(step, Recv):
@@ -217,7 +221,18 @@ class _Run:
         kind = type(step).__name__.lower()
         name = span_name(step)
         self.spans.append(
-            Span(self.schedule.rank, step.stream, kind, name, started, perf_counter(), peer, nbytes, flops, links)
+            Span(
+                self.schedule.rank,
+                step.stream,
+                kind,
+                name,
+                started,
+                perf_counter(),
+                peer,
+                nbytes,
+                flops,
+                links,
+            )
         )
 
 
@@ -264,15 +279,6 @@ def check_tensor(name: str, tensor: Tensor, spec: TensorSpec) -> None:
     given = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
     if given != spec:
         raise ValueError(f"{name} is {given}, but the schedule expects {spec}")
-
-
-def span_name(step: Step) -> str:
-    """What a picture writes on a step."""
-    if isinstance(step, Compute):
-        return step.label()
-    if isinstance(step, Send | Collective | Copy):
-        return f"{step.label()}: {', '.join(step.reads)}"
-    return f"{step.label()}: {', '.join(v.name for v in step.writes)}"
 
 
 def _nbytes(handles: list[Handle]) -> int:

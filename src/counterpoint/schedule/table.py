@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, Send, Step
+from counterpoint.schedule.schedule import Collective, Compute, Copy, Recv, Schedule, Send, Step
 
 
 def table(schedule: Schedule) -> str:
@@ -10,20 +10,37 @@ def table(schedule: Schedule) -> str:
     rows = [("#", "stream", "step", "reads", "defines", "bytes")]
     for i, step in enumerate(schedule.steps):
         defines = ", ".join(f"{v.name} {v.spec}" for v in step.writes)
-        rows.append((str(i), step.stream, step.label(), ", ".join(step.reads), defines, _wire(schedule, step)))
+        rows.append(
+            (str(i), step.stream, step.label(), ", ".join(step.reads), defines, _wire(schedule, step))
+        )
     widths = [max(len(row[c]) for row in rows) for c in range(6)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     inputs = ", ".join(f"{v.name} {v.spec}" for v in schedule.inputs)
     head = f"{schedule.name}: rank {schedule.rank} of {schedule.world_size}"
     depths = "".join(f"\ndepth of {channel}: {n}" for channel, n in schedule.depths.items())
-    return f"{head}\ngiven: {inputs}{depths}\n" + "\n".join(lines) + f"\nreturns: {', '.join(f'{key} = {name}' for key, name in schedule.outputs.items())}\n"
+    return (
+        f"{head}\ngiven: {inputs}{depths}\n"
+        + "\n".join(lines)
+        + f"\nreturns: {', '.join(f'{key} = {name}' for key, name in schedule.outputs.items())}\n"
+    )
 
 
 def describe(schedule: Schedule, index: int) -> str:
     """A step in a few words, for error messages."""
     step = schedule.steps[index]
-    names = ", ".join(v.name for v in step.writes) if isinstance(step, Compute | Recv) else ", ".join(step.reads)
+    names = (
+        ", ".join(v.name for v in step.writes) if isinstance(step, Compute | Recv) else ", ".join(step.reads)
+    )
     return f"step {index} ({step.stream}: {step.label()}{': ' + names if names else ''})"
+
+
+def span_name(step: Step) -> str:
+    """What a picture writes on a step."""
+    if isinstance(step, Compute):
+        return step.label()
+    if isinstance(step, Send | Collective | Copy):
+        return f"{step.label()}: {', '.join(step.reads)}"
+    return f"{step.label()}: {', '.join(v.name for v in step.writes)}"
 
 
 def _wire(schedule: Schedule, step: Step) -> str:

@@ -1,0 +1,247 @@
+"""The event loop: executes a program with a virtual clock, in the order in which the runtime's threads would.
+
+A step starts when its stream is free and the values it reads exist. A message moves when both ends have offered it:
+a send when its step starts, a receive when it is posted, ahead of its turn, as soon as its channel has a free buffer.
+All that happens at one moment is done before rates are computed anew, so equal ranks stay equal to the last bit.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+import numpy as np
+
+from counterpoint.simulator.accelerate import compiled
+from counterpoint.simulator.network import FLOW_ENDS, Flows, end_flow, make_flows, rebalance, start_flow
+from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, TIMED, Array, Program
+
+STEP_ENDS, FLOW_STARTS, MEETING_ENDS = 0, 1, 3
+TOGETHER = 1e-13  # relative difference below which two events happen at the same moment
+
+# Entries of State.counts.
+QUEUED, TAKEN, FINISHED, EVENTS, FULL_RANK, FULL_STEP = range(6)
+
+
+class State(NamedTuple):
+    """What changes while a program runs."""
+
+    start: Array  # (steps,) seconds; of a receive: when it was posted
+    stop: Array  # (steps,) seconds, nan for a step that never finished
+    waits: Array  # (steps,) values and stream predecessors still missing
+    pending: Array  # (steps,) messages of the step still under way
+    offers: Array  # (messages,) ends that are ready
+    queue: Array  # (steps,) steps that may start now, receives that may finish
+    current: Array  # (streams,) the step whose turn it is
+    next_post: Array  # (streams,) the next receive to post
+    alive_messages: Array  # (streams,) received or posted messages whose buffers are not all free
+    held: Array  # (steps,) buffers of a receive that are not free
+    readers: Array  # (buffers,) steps still to read it
+    alive: Array  # (buffers,) is it allocated
+    live: Array  # (ranks,) bytes
+    fast: Array  # (ranks,) of them, bytes in the tier that kernels work in
+    missing: Array  # (meetings,) members that have not come
+    event_rank: Array
+    event_time: Array
+    event_live: Array
+    counts: Array
+
+
+def run(program: Program) -> State:
+    """Execute a program. The caller looks whether all steps finished, and whether memory ran out."""
+    p = program
+    steps, streams = p.rank.size, p.first.size
+    width = int(max(1, np.diff(p.route_at).max(initial=1)))
+    flows = make_flows(p.slots, max(1, p.capacity.size), width)
+    received = p.kind == RECV
+    held = np.where(received, np.diff(p.makes_at), 0)
+    events = p.live.size + steps + p.buffer_bytes.size
+    state = State(
+        np.full(steps, np.nan), np.full(steps, np.nan), p.waits.copy(),
+        np.diff(p.outgoing_at) + np.diff(p.incoming_at), np.zeros(p.message_bytes.size, np.int8),
+        np.zeros(max(1, steps), np.int64), p.first.copy(), np.where(p.depth > 0, p.first, -1), np.zeros(streams, np.int64), held,
+        p.buffer_readers.copy(), np.zeros(p.buffer_bytes.size, np.bool_), p.live.copy(), p.live.copy(),
+        p.meeting_members.copy(), np.zeros(events, np.int64), np.zeros(events), np.zeros(events, np.int64),
+        np.array([0, 0, 0, 0, -1, -1]),
+    )  # fmt: skip
+    _loop(p, state, flows, width)
+    return state
+
+
+@compiled
+def _loop(p: Program, s: State, flows: Flows, width: int) -> None:
+    events = [(0.0, STEP_ENDS, -1, -1)]
+    heappop(events)
+    for rank in range(s.live.size):
+        _record(s, rank, 0.0)
+        if s.fast[rank] > p.limit[rank] and s.counts[FULL_RANK] < 0:
+            s.counts[FULL_RANK] = rank
+    for stream in range(p.first.size):
+        if p.depth[stream] > 0:
+            _post(p, s, stream, 0.0, events)
+    for step in range(s.waits.size):
+        if s.waits[step] == 0 and p.kind[step] != RECV:
+            _push(s, step)
+    _drain(p, s, 0.0, events)
+    while len(events) and s.counts[FULL_RANK] < 0:
+        time = events[0][0]
+        until = time * (1 + TOGETHER)
+        while len(events) and events[0][0] <= until and s.counts[FULL_RANK] < 0:
+            _, what, index, version = heappop(events)
+            if what == STEP_ENDS:
+                _finish(p, s, index, time, events)
+            elif what == FLOW_STARTS:
+                if p.message_bytes[index] > 0:
+                    start_flow(p, flows, width, index, time)
+                else:
+                    _message_ends(p, s, index)
+            elif what == FLOW_ENDS:
+                if flows.version[index] == version:
+                    _message_ends(p, s, end_flow(p, flows, width, index))
+            else:
+                for i in range(p.meeting_at[index], p.meeting_at[index + 1]):
+                    _finish(p, s, p.meeting_steps[i], time, events)
+            _drain(p, s, time, events)
+        rebalance(p, flows, width, time, events)
+
+
+@compiled
+def _push(s: State, step: int) -> None:
+    s.queue[s.counts[QUEUED] % s.queue.size] = step
+    s.counts[QUEUED] += 1
+
+
+@compiled
+def _drain(p: Program, s: State, time: float, events) -> None:
+    while s.counts[TAKEN] < s.counts[QUEUED] and s.counts[FULL_RANK] < 0:
+        step = s.queue[s.counts[TAKEN] % s.queue.size]
+        s.counts[TAKEN] += 1
+        kind = p.kind[step]
+        if kind == RECV or not np.isnan(s.start[step]):  # it had started; its messages have come
+            _finish(p, s, step, time, events)
+            continue
+        s.start[step] = time
+        if kind == TIMED:
+            if p.seconds[step] > 0:
+                heappush(events, (time + p.seconds[step], STEP_ENDS, step, 0))
+            else:
+                _finish(p, s, step, time, events)
+        elif kind == COPY:
+            message = p.outgoing[p.outgoing_at[step]]
+            heappush(events, (time + p.message_latency[message], FLOW_STARTS, message, 0))
+        elif kind == MEETING:
+            meeting = p.outgoing[p.outgoing_at[step]]
+            s.missing[meeting] -= 1
+            if s.missing[meeting] == 0:
+                heappush(events, (time + p.meeting_seconds[meeting], MEETING_ENDS, meeting, 0))
+        else:
+            assert kind == EXCHANGE
+            if s.pending[step] == 0:
+                _finish(p, s, step, time, events)
+            for i in range(p.incoming_at[step], p.incoming_at[step + 1]):
+                _offer(p, s, p.incoming[i], time, events)
+            for i in range(p.outgoing_at[step], p.outgoing_at[step + 1]):
+                _offer(p, s, p.outgoing[i], time, events)
+
+
+@compiled
+def _offer(p: Program, s: State, message: int, time: float, events) -> None:
+    s.offers[message] += 1
+    if s.offers[message] == 2:
+        heappush(events, (time + p.message_latency[message], FLOW_STARTS, message, 0))
+
+
+@compiled
+def _message_ends(p: Program, s: State, message: int) -> None:
+    for end in (p.message_sender[message], p.message_receiver[message]):
+        if end >= 0:
+            s.pending[end] -= 1
+            if s.pending[end] == 0 and (p.kind[end] != RECV or s.current[p.stream[end]] == end):
+                _push(s, end)
+
+
+@compiled
+def _finish(p: Program, s: State, step: int, time: float, events) -> None:
+    rank, stream = p.rank[step], p.stream[step]
+    s.stop[step] = time
+    s.counts[FINISHED] += 1
+    if p.kind[step] != RECV:
+        made = 0
+        for i in range(p.makes_at[step], p.makes_at[step + 1]):
+            made += _allocate(p, s, rank, p.makes[i], step)
+        s.live[rank] += made
+        _record(s, rank, time)
+        if s.counts[FULL_RANK] >= 0:
+            return
+    for i in range(p.successors_at[step], p.successors_at[step + 1]):
+        after = p.successors[i]
+        s.waits[after] -= 1
+        if s.waits[after] == 0:
+            _push(s, after)
+    for i in range(p.makes_at[step], p.makes_at[step + 1]):
+        buffer = p.makes[i]
+        if s.readers[buffer] == 0 and not p.buffer_kept[buffer]:
+            _free(p, s, rank, buffer, time, events)
+    for i in range(p.reads_at[step], p.reads_at[step + 1]):
+        buffer = p.reads[i]
+        s.readers[buffer] -= 1
+        if s.readers[buffer] == 0 and not p.buffer_kept[buffer]:
+            _free(p, s, rank, buffer, time, events)
+    after = p.following[step]
+    s.current[stream] = after
+    if after >= 0:
+        if p.kind[step] != RECV:
+            s.waits[after] -= 1
+            if s.waits[after] == 0:
+                _push(s, after)
+        elif s.pending[after] == 0:
+            _push(s, after)
+
+
+@compiled
+def _allocate(p: Program, s: State, rank: int, buffer: int, step: int) -> int:
+    s.alive[buffer] = True
+    if p.buffer_fast[buffer]:
+        s.fast[rank] += p.buffer_bytes[buffer]
+        if s.fast[rank] > p.limit[rank] and s.counts[FULL_RANK] < 0:
+            s.counts[FULL_RANK], s.counts[FULL_STEP] = rank, step
+    return p.buffer_bytes[buffer]
+
+
+@compiled
+def _free(p: Program, s: State, rank: int, buffer: int, time: float, events) -> None:
+    s.alive[buffer] = False
+    s.live[rank] -= p.buffer_bytes[buffer]
+    if p.buffer_fast[buffer]:
+        s.fast[rank] -= p.buffer_bytes[buffer]
+    _record(s, rank, time)
+    source = p.buffer_source[buffer]
+    if source >= 0:
+        s.held[source] -= 1
+        if s.held[source] == 0:
+            s.alive_messages[p.stream[source]] -= 1
+            _post(p, s, p.stream[source], time, events)
+
+
+@compiled
+def _post(p: Program, s: State, stream: int, time: float, events) -> None:
+    while s.next_post[stream] >= 0 and s.alive_messages[stream] < p.depth[stream] and s.counts[FULL_RANK] < 0:
+        step = s.next_post[stream]
+        rank = p.rank[step]
+        s.start[step] = time
+        made = 0
+        for i in range(p.makes_at[step], p.makes_at[step + 1]):
+            made += _allocate(p, s, rank, p.makes[i], step)
+        s.live[rank] += made
+        _record(s, rank, time)
+        s.alive_messages[stream] += 1
+        s.next_post[stream] = p.following[step]
+        for i in range(p.incoming_at[step], p.incoming_at[step + 1]):
+            _offer(p, s, p.incoming[i], time, events)
+
+
+@compiled
+def _record(s: State, rank: int, time: float) -> None:
+    n = s.counts[EVENTS]
+    s.event_rank[n], s.event_time[n], s.event_live[n] = rank, time, s.live[rank]
+    s.counts[EVENTS] += 1

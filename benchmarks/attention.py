@@ -91,7 +91,9 @@ def timed(run: Callable[[bool], None], which: str) -> float:
 
 def report(args: argparse.Namespace, passes: list[str], names: list[str], seconds) -> None:
     rows = []
-    print(f"\n{args.tokens} tokens, {args.heads}/{args.kv_heads} heads of {args.head_dim}, {args.processes} processes")
+    print(
+        f"\n{args.tokens} tokens, {args.heads}/{args.kv_heads} heads of {args.head_dim}, {args.processes} processes"
+    )
     for p in passes:
         print(f"\n{p:22}{'seconds':>10}{'share of ideal':>16}{'range':>18}")
         for name in names:
@@ -102,9 +104,13 @@ def report(args: argparse.Namespace, passes: list[str], names: list[str], second
             rows.append({"pass": p, "method": name, "seconds": seconds[p, name], "share_of_ideal": middle})
     if args.output:
         settings = {k: v for k, v in vars(args).items() if k not in ("output", "methods")}
-        machine = f"{platform.machine()}, {torch.get_num_threads()} thread per process, torch {torch.__version__}"
+        machine = (
+            f"{platform.machine()}, {torch.get_num_threads()} thread per process, torch {torch.__version__}"
+        )
         args.output.write_text(
-            json.dumps({"date": str(date.today()), "machine": machine, "settings": settings, "rows": rows}, indent=1)
+            json.dumps(
+                {"date": str(date.today()), "machine": machine, "settings": settings, "rows": rows}, indent=1
+            )
         )
         print(f"\nwritten to {args.output}")
 
@@ -134,7 +140,9 @@ def with_backward(q, k, v, dout, call: Callable[[], torch.Tensor]) -> Callable[[
 def ideal(args: argparse.Namespace) -> Callable[[bool], None]:
     q, k, v, dout = shard(args, args.heads // args.processes, args.tokens)
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    return with_backward(q, k, v, dout, lambda: sdpa(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1]))
+    return with_backward(
+        q, k, v, dout, lambda: sdpa(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+    )
 
 
 def ours(args: argparse.Namespace, rank: int, name: str) -> Callable[[bool], None]:
@@ -177,7 +185,10 @@ def peer_torch(args: argparse.Namespace, rank: int, name: str) -> Callable[[bool
 def peer_rap(args: argparse.Namespace, rank: int, name: str) -> Callable[[bool], None]:
     from ring_attention_pytorch import ring_flash_attn
 
-    q, k, v, dout = (x.detach().transpose(1, 2).contiguous() for x in shard(args, args.heads, args.tokens // args.processes))
+    q, k, v, dout = (
+        x.detach().transpose(1, 2).contiguous()
+        for x in shard(args, args.heads, args.tokens // args.processes)
+    )
     for x in (q, k, v):
         x.requires_grad_()
 

@@ -77,7 +77,9 @@ class AttendBackward(Kernel):
 
         q, dout, lse, row, k, v = inputs
         out = row if self.has_out else blocks.output_standing_in(dout, row)
-        return blocks.attend_backward(dout, q, k, v, out, lse, self.areas, scale=self.scale, groups=self.groups)
+        return blocks.attend_backward(
+            dout, q, k, v, out, lse, self.areas, scale=self.scale, groups=self.groups
+        )
 
     def label(self) -> str:
         return f"attend backward {_brief(self.areas)}"

@@ -36,7 +36,9 @@ def attend(
     """
     areas = _areas(mask, q, k)
     if groups and len(set(groups)) > 1:
-        parts = [attend(q[:, :, a], k[:, :, b], v[:, :, b], areas, scale=scale) for a, b in _head_parts(groups)]
+        parts = [
+            attend(q[:, :, a], k[:, :, b], v[:, :, b], areas, scale=scale) for a, b in _head_parts(groups)
+        ]
         return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
     if len(areas) == 1 and areas[0].rows == q.shape[1] and (areas[0].full or areas[0].causal):
         a = areas[0]
@@ -75,7 +77,14 @@ def attend_backward(
     if groups and len(set(groups)) > 1:
         parts = [
             attend_backward(
-                dout[:, :, a], q[:, :, a], k[:, :, b], v[:, :, b], out[:, :, a], lse[:, :, a], areas, scale=scale
+                dout[:, :, a],
+                q[:, :, a],
+                k[:, :, b],
+                v[:, :, b],
+                out[:, :, a],
+                lse[:, :, a],
+                areas,
+                scale=scale,
             )
             for a, b in _head_parts(groups)
         ]
@@ -89,7 +98,15 @@ def attend_backward(
     for (q0, q1), (k0, k1), causal, bias in _calls(areas, q):
         rows, columns = slice(q0, q1), slice(k0, k1)
         grads = _backward(
-            dout[:, rows], q[:, rows], k[:, columns], v[:, columns], out[:, rows], lse[:, rows], causal, bias, scale
+            dout[:, rows],
+            q[:, rows],
+            k[:, columns],
+            v[:, columns],
+            out[:, rows],
+            lse[:, rows],
+            causal,
+            bias,
+            scale,
         )
         dq[:, rows] += grads[0]
         dk[:, columns] += grads[1]
@@ -170,7 +187,12 @@ def _calls(
                 biases[shape] = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
                     ~seen, -torch.inf
                 )
-            yield (a.q_start + i, a.q_start + stop), (a.k_start + left, a.k_start + right), False, biases[shape]
+            yield (
+                (a.q_start + i, a.q_start + stop),
+                (a.k_start + left, a.k_start + right),
+                False,
+                biases[shape],
+            )
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -189,7 +211,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None,
             q, k, v, 0.0, causal, attn_mask=bias, scale=scale
         )
     elif _has_flash(q, bias):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal, False, scale=scale
+        )
     else:
         out, lse = _math_forward(q, k, v, causal, bias, scale)
     return out.transpose(1, 2), lse.transpose(1, 2).to(_accumulator(q))
@@ -204,7 +228,21 @@ def _backward(dout, q, k, v, out, lse, causal: bool, bias: Tensor | None, scale:
     elif _has_flash(q, bias):
         empty = torch.empty(0, dtype=torch.uint64, device=q.device)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, empty, empty, scale=scale
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            causal,
+            empty,
+            empty,
+            scale=scale,
         )
     else:
         grads = _math_backward(dout, q, k, v, out, lse, causal, bias, scale)

@@ -7,10 +7,10 @@ full, causal (square, on its diagonal), or band (a sliding window).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from counterpoint.kernels.tokens import Piece, Run, Tokens, split_at, union
 
@@ -82,7 +82,9 @@ class AttentionMask:
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}; give a number of tokens of at least 1, or None for no window")
+            raise ValueError(
+                f"window is {self.window}; give a number of tokens of at least 1, or None for no window"
+            )
         if any(n < 1 for n in self.documents):
             raise ValueError(f"document lengths must be at least 1, got {min(self.documents)}")
 
@@ -105,9 +107,37 @@ class AttentionMask:
         """The part of the keys `k` that at least one of the query sets sees."""
         return k.pick(union((a.k_start, a.k_stop) for q in queries for a in self.areas(q, k)))
 
+    def last_queries(self, queries: Iterable[Tokens]) -> list[Tokens]:
+        """A few queries that together see the same keys as all of these: without a window, the last of each document."""
+        return self._deciding(queries, max)
+
+    def first_keys(self, keys: Iterable[Tokens]) -> list[Tokens]:
+        """A few keys that together are seen by the same queries as all of these: the first of each document."""
+        return self._deciding(keys, min)
+
+    def _deciding(self, sets: Iterable[Tokens], extreme: Callable[..., int]) -> list[Tokens]:
+        if self.window is not None:
+            return list(sets)
+        found: dict[int, int] = {}
+        for tokens in sets:
+            for document, ends in _ends(self, tokens):
+                position = extreme(ends)
+                found[document] = extreme(found.get(document, position), position)
+        return [Tokens((Run(position, 1),)) for position in found.values()]
+
     def seeing(self, q: Tokens, keys: Iterable[Tokens]) -> Tokens:
         """The part of the queries `q` that sees at least one key of the key sets."""
         return q.pick(union((a.q_start, a.q_stop) for k in keys for a in self.areas(q, k)))
+
+
+@lru_cache(maxsize=65536)
+def _ends(mask: AttentionMask, tokens: Tokens) -> tuple[tuple[int, tuple[int, int]], ...]:
+    """For every document that the tokens touch, their first and last position in it."""
+    ends: dict[int, tuple[int, int]] = {}
+    for piece in split_at(tokens, mask.starts):
+        first, last = ends.get(piece.document, (piece.run.start, piece.run.last))
+        ends[piece.document] = min(first, piece.run.start), max(last, piece.run.last)
+    return tuple(ends.items())
 
 
 @lru_cache(maxsize=65536)
@@ -134,7 +164,7 @@ def _same_ascending(queries: list[Piece], keys: list[Piece]) -> Area | None:
     if [p.run for p in queries] != [p.run for p in keys]:
         return None
     for side in (queries, keys):
-        for a, b in zip(side, side[1:], strict=False):
+        for a, b in pairwise(side):
             if a.run.last >= b.run.start or a.index + a.run.count != b.index:
                 return None
     count = sum(p.run.count for p in queries)
@@ -147,8 +177,14 @@ def _block(mask: AttentionMask, p: Piece, r: Piece) -> list[Area]:
     steps = {run.step for run in (p.run, r.run) if run.count > 1}
     if len(steps) > 1:  # no common stride: one query, or one key, at a time
         if p.run.count <= r.run.count:
-            return [a for i in range(p.run.count) for a in _block(mask, Piece(0, p.index + i, p.run.cut(i, i + 1)), r)]
-        return [a for j in range(r.run.count) for a in _block(mask, p, Piece(0, r.index + j, r.run.cut(j, j + 1)))]
+            return [
+                a
+                for i in range(p.run.count)
+                for a in _block(mask, Piece(0, p.index + i, p.run.cut(i, i + 1)), r)
+            ]
+        return [
+            a for j in range(r.run.count) for a in _block(mask, p, Piece(0, r.index + j, r.run.cut(j, j + 1)))
+        ]
     step = steps.pop() if steps else 1
     ahead = p.run.start - r.run.start
     lo: int | None = None

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from counterpoint.kernels.kernel import Kernel, TensorSpec, Work, register, torch_dtype
 
 Ranges = tuple[tuple[int, int], ...]
-Place = tuple[int, int, int, int]  # first index in the part, count, first index in the whole, stride in the whole
+Place = tuple[
+    int, int, int, int
+]  # first index in the part, count, first index in the whole, stride in the whole
 
 
 @register("take")
@@ -35,7 +37,9 @@ class Take(Kernel):
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1),)
 
     def label(self) -> str:
-        return "take " + ",".join(f"{a}:{b}" for a, b in self.rows[:3]) + ("..." if len(self.rows) > 3 else "")
+        return (
+            "take " + ",".join(f"{a}:{b}" for a, b in self.rows[:3]) + ("..." if len(self.rows) > 3 else "")
+        )
 
 
 @register("take_heads")
@@ -194,4 +198,6 @@ class Fill(Kernel):
     def run(self, *inputs):
         import torch
 
-        return (torch.full(self.spec.shape, self.value, dtype=torch_dtype(self.spec.dtype), device=self.device),)
+        return (
+            torch.full(self.spec.shape, self.value, dtype=torch_dtype(self.spec.dtype), device=self.device),
+        )

@@ -166,7 +166,9 @@ def in_order(parts: list[Tokens]) -> tuple[Tokens, list[list[tuple[int, int, int
         count = sum(run.count for run, _, _ in group)
         for run, p, index in group:
             stride = max(1, run.step // step) if whole else 1
-            places[p].append((index, run.count, offset + ((run.start - first) // step if whole else 0), stride))
+            places[p].append(
+                (index, run.count, offset + ((run.start - first) // step if whole else 0), stride)
+            )
         merged.append(Run(first, count, step))
         offset += count
     return Tokens.of(merged), places

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-@overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Any) -> Tensor: ...
-@overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -44,7 +40,7 @@ def attention(
     return_lse: bool = False,
     timeline: Timeline | None = None,
     timeout: float = 300.0,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attention of this rank's queries over the keys of all ranks; equal to one process attending the whole sequence.
 
     q: (batch, heads, local_tokens, head_dim). k, v: (batch, kv_heads, local_tokens, head_dim), kv_heads dividing
@@ -90,7 +86,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     if (q.shape[0], q.shape[2:]) != (k.shape[0], k.shape[2:]):
         raise ValueError(f"q and k may differ only in their number of heads (dim 1), got {shapes}")
     if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v")
+        raise ValueError(
+            f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v"
+        )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
 
@@ -157,7 +155,9 @@ class _Attention(torch.autograd.Function):
         made = ctx.engine.run(schedule, given, ctx.timeline)
         results = []
         for name, (shape, dtype, device) in zip(("dq", "dk", "dv"), ctx.shapes, strict=True):
-            grad = made[name].transpose(1, 2) if name in made else torch.zeros(shape, dtype=dtype, device=device)
+            grad = (
+                made[name].transpose(1, 2) if name in made else torch.zeros(shape, dtype=dtype, device=device)
+            )
             results.append(grad)
         return *results, None, None, None
 

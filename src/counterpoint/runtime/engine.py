@@ -1,4 +1,4 @@
-"""The ranks of a mesh with what they need to run schedules: one transport, one executor, kept for the life of the mesh."""
+"""The ranks of a mesh with what they need to run schedules: a transport and an executor, kept with the mesh."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Engine:
             import torch.distributed as dist
 
             if dist.get_rank() not in ranks:
-                raise ValueError(f"rank {dist.get_rank()} is not on the mesh {ranks}; call this on its ranks only")
+                raise ValueError(
+                    f"rank {dist.get_rank()} is not on the mesh {ranks}; call this on its ranks only"
+                )
             self.rank = ranks.index(dist.get_rank())
             if mesh.device_type == "cuda":
                 device = torch.device("cuda", torch.cuda.current_device())
@@ -70,10 +72,8 @@ class Engine:
             return [tokens]
         import torch.distributed as dist
 
-        assert self.transport is not None or isinstance(self.executor, object)
-        group = self.executor.group if self.transport is None else self.transport.group  # type: ignore[union-attr]
-        device = "cpu" if self.transport is not None else self.executor.device
-        lengths = torch.zeros(self.world_size, dtype=torch.int64, device=device)
+        group = self.transport.group if self.transport is not None else getattr(self.executor, "group", None)
+        lengths = torch.zeros(self.world_size, dtype=torch.int64, device=self.executor.device)
         lengths[self.rank] = tokens
         dist.all_reduce(lengths, group=group)
         return lengths.tolist()

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Condition
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,7 +187,7 @@ class _Run:
             self.changed.notify_all()
 
     def _release(self, step: Step) -> None:
-        """The step has read its values: free the buffers that nobody reads any more, and post receives in their place."""
+        """The step has read its values: free buffers that nobody reads any more; receives are posted in their place."""
         memory = self.schedule.memory
         with self.changed:
             for root in {memory.root[name] for name in step.reads}:
@@ -218,7 +219,7 @@ class _Run:
         flops = 0
         if isinstance(step, Compute):
             flops = step.kernel.work(*(self.schedule.values[name].spec for name in step.inputs)).flops
-        kind = type(step).__name__.lower()
+        kind: Any = type(step).__name__.lower()
         name = span_name(step)
         self.spans.append(
             Span(

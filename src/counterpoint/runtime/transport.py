@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from collections import defaultdict
@@ -30,9 +31,10 @@ class Transport:
         self.patience = min(2.0, timeout / 5)
         self.sent: dict[int, int] = defaultdict(int)
         self.received: dict[int, int] = defaultdict(int)
-        self.group = dist.new_group(
-            list(ranks), timeout=timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True
-        )
+        limit = timedelta(seconds=timeout)
+        group = dist.new_group(list(ranks), timeout=limit, backend="gloo", use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        self.group: dist.ProcessGroup | None = group
 
     def isend(self, values: Iterable[Tensor], to: int, channel: str) -> list[Handle]:
         """Start sending tensors as one message."""
@@ -48,7 +50,9 @@ class Transport:
         handles = []
         for value in values:
             self.received[source] += value.numel() * value.element_size()
-            handles.append((dist.irecv(value, self.ranks[source], group=self.group, tag=_tag(channel)), value))
+            handles.append(
+                (dist.irecv(value, self.ranks[source], group=self.group, tag=_tag(channel)), value)
+            )
         return handles
 
     def wait(self, handles: Iterable[Handle]) -> None:
@@ -78,10 +82,11 @@ class Transport:
         if culprit == self.rank:
             culprit = waiting_for
         via = "" if culprit == waiting_for else f", through rank {waiting_for} that waited in turn"
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        said = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", str(cause).strip()).splitlines() or [type(cause).__name__]
+        short = said[0].split(". ")[0]
         return PeerFailure(
             f"rank {culprit} died or stopped answering: rank {self.rank} waited for it at {step}{via} "
-            f"(timeout {self.timeout:g} s). Start the run again, from a checkpoint if there is one. [{reason}]",
+            f"(timeout {self.timeout:g} s). Start the run again, from a checkpoint if there is one. [{short}]",
             rank=culprit,
             step=step,
         )

@@ -60,7 +60,9 @@ class Builder:
         recvs: Mapping[int, Sequence[tuple[str, TensorSpec]]],
     ) -> dict[int, tuple[Value, ...]]:
         """Exchange a message with each of several ranks; returns the received values by rank."""
-        outputs = {rank: tuple(self._value(*item) for item in items) for rank, items in recvs.items() if items}
+        outputs = {
+            rank: tuple(self._value(*item) for item in items) for rank, items in recvs.items() if items
+        }
         out = tuple((rank, tuple(v.name for v in values)) for rank, values in sends.items() if values)
         if out or outputs:
             self._steps.append(Collective(kind, out, tuple(outputs.items()), channel))
@@ -87,7 +89,9 @@ class Builder:
             needed.update(step.reads)
             kept.append(step)
         inputs = tuple(v for v in self._inputs if v.name in needed)
-        return Schedule(self.name, self.rank, self.world_size, inputs, names, tuple(reversed(kept)), self._depths)
+        return Schedule(
+            self.name, self.rank, self.world_size, inputs, names, tuple(reversed(kept)), self._depths
+        )
 
     def _value(self, name: str, spec: TensorSpec) -> Value:
         count = self._uses.get(name, 0)

@@ -53,7 +53,9 @@ def check_values(schedule: Schedule) -> None:
                 raise _error(schedule, i, f"makes {made} but declares {said}")
         for peer in _peers(step):
             if not 0 <= peer < schedule.world_size or peer == schedule.rank:
-                raise _error(schedule, i, f"names rank {peer}; allowed are the other ranks below {schedule.world_size}")
+                raise _error(
+                    schedule, i, f"names rank {peer}; allowed are the other ranks below {schedule.world_size}"
+                )
         specs.update((v.name, v.spec) for v in step.writes)
     for name in schedule.outputs.values():
         if name not in specs:
@@ -81,7 +83,9 @@ def _check_uses(schedule: Schedule) -> None:
             for j in readers[shared]:
                 other = schedule.steps[j]
                 if other.stream != step.stream and not _after(schedule, i, j):
-                    raise _error(schedule, i, f"writes into {shared!r} while {describe(schedule, j)} may still read it")
+                    raise _error(
+                        schedule, i, f"writes into {shared!r} while {describe(schedule, j)} may still read it"
+                    )
 
 
 def _after(schedule: Schedule, first: int, second: int) -> bool:
@@ -108,15 +112,19 @@ def check_messages(schedules: Sequence[Schedule]) -> None:
         source, destination, channel = key
         for n in range(max(len(sent[key]), len(received[key]))):
             if n >= len(received[key]):
-                raise _error(schedules[source], sent[key][n][0], f"sends to rank {destination}, which never receives it")
+                raise _error(
+                    schedules[source],
+                    sent[key][n][0],
+                    f"sends to rank {destination}, which never receives it",
+                )
             if n >= len(sent[key]):
                 i = received[key][n][0]
                 raise _error(schedules[destination], i, f"receives from rank {source}, which never sends it")
             (i, kind, a), (j, other, b) = sent[key][n], received[key][n]
             if (kind, a) != (other, b):
                 there = describe(schedules[destination], j)
-                text = f"sends {kind} {_types(a)} on {channel}, but rank {destination} expects {other} {_types(b)} in {there}"
-                raise _error(schedules[source], i, text)
+                expected = f"rank {destination} expects {other} {_types(b)} in {there}"
+                raise _error(schedules[source], i, f"sends {kind} {_types(a)} on {channel}, but {expected}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +140,9 @@ def messages(schedule: Schedule, step: Step) -> Iterator[Message]:
     """The message ends of a step, on this rank."""
     here = schedule.rank
     if isinstance(step, Send):
-        yield Message((here, step.to, step.channel), True, tuple(schedule.values[n].spec for n in step.inputs))
+        yield Message(
+            (here, step.to, step.channel), True, tuple(schedule.values[n].spec for n in step.inputs)
+        )
     elif isinstance(step, Recv):
         yield Message((step.source, here, step.channel), False, tuple(v.spec for v in step.outputs))
     elif isinstance(step, Collective):
@@ -153,7 +163,9 @@ def check_progress(schedules: Sequence[Schedule]) -> None:
         work |= ranks[rank].advance(offered, posted) - {rank}
     stuck = [r for r in ranks if not r.done]
     if stuck:
-        where = "; ".join(f"rank {r.schedule.rank} waits at {describe(r.schedule, r.heads()[0])}" for r in stuck[:4])
+        where = "; ".join(
+            f"rank {r.schedule.rank} waits at {describe(r.schedule, r.heads()[0])}" for r in stuck[:4]
+        )
         more = f" and {len(stuck) - 4} more ranks" if len(stuck) > 4 else ""
         raise ScheduleError(f"deadlock: {where}{more}")
 
@@ -165,7 +177,9 @@ class _Rank:
         self.readers = dict(schedule.memory.readers)
         self.next = dict.fromkeys(schedule.streams, 0)
         self.posts = dict.fromkeys(schedule.streams, 0)  # receives posted, per stream
-        self.alive: dict[str, list[set[str]]] = defaultdict(list)  # channel -> roots of its messages not yet freed
+        self.alive: dict[str, list[set[str]]] = defaultdict(
+            list
+        )  # channel -> roots of its messages not yet freed
         self.started: dict[int, list[tuple[Key, int]]] = {}
 
     @property
@@ -173,7 +187,9 @@ class _Rank:
         return all(n == len(self.schedule.streams[s]) for s, n in self.next.items())
 
     def heads(self) -> list[int]:
-        return sorted(self.schedule.streams[s][n] for s, n in self.next.items() if n < len(self.schedule.streams[s]))
+        return sorted(
+            self.schedule.streams[s][n] for s, n in self.next.items() if n < len(self.schedule.streams[s])
+        )
 
     def advance(self, offered: dict[Key, int], posted: dict[Key, int]) -> set[int]:
         """Run until nothing moves; returns the ranks that may move now."""
@@ -183,7 +199,9 @@ class _Rank:
             moved = False
             for stream, indices in self.schedule.streams.items():
                 self._post(stream, indices, posted, touched)
-                while self.next[stream] < len(indices) and self._finish(indices[self.next[stream]], offered, posted, touched):
+                while self.next[stream] < len(indices) and self._finish(
+                    indices[self.next[stream]], offered, posted, touched
+                ):
                     self.next[stream] += 1
                     moved = True
         return touched
@@ -191,7 +209,9 @@ class _Rank:
     def _post(self, stream: str, indices: tuple[int, ...], posted: dict[Key, int], touched: set[int]) -> None:
         while self.posts[stream] < len(indices):
             step = self.schedule.steps[indices[self.posts[stream]]]
-            if not isinstance(step, Recv) or len(self.alive[step.channel]) >= self.schedule.depth(step.channel):
+            if not isinstance(step, Recv) or len(self.alive[step.channel]) >= self.schedule.depth(
+                step.channel
+            ):
                 return
             self.alive[step.channel].append({self.schedule.memory.root[v.name] for v in step.outputs})
             posted[step.source, self.schedule.rank, step.channel] += 1

@@ -10,7 +10,13 @@ from pydantic import TypeAdapter, ValidationError
 from counterpoint.kernels.kernel import kernel_class, kernel_name
 from counterpoint.schedule.schedule import Collective, Compute, Copy, Recv, Schedule, Send, Step, Value
 
-_KINDS: dict[str, type] = {"compute": Compute, "send": Send, "recv": Recv, "collective": Collective, "copy": Copy}
+_KINDS: dict[str, Any] = {
+    "compute": Compute,
+    "send": Send,
+    "recv": Recv,
+    "collective": Collective,
+    "copy": Copy,
+}
 
 
 def to_json(schedule: Schedule) -> dict[str, Any]:

@@ -154,7 +154,16 @@ class Timeline:
         zero = self.start
         move = [
             Span(
-                s.rank, s.stream, s.kind, s.name, s.start - zero, s.stop - zero, s.peer, s.nbytes, s.flops, s.links
+                s.rank,
+                s.stream,
+                s.kind,
+                s.name,
+                s.start - zero,
+                s.stop - zero,
+                s.peer,
+                s.nbytes,
+                s.flops,
+                s.links,
             )
             for s in self.spans
         ]

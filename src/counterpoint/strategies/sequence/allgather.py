@@ -10,7 +10,13 @@ Bytes a rank sends, u = bytes of its Q, g = query heads per key/value head, no m
 from __future__ import annotations
 
 from counterpoint.kernels.shape import Place
-from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, AttentionBuilder, Axis, Block
+from counterpoint.strategies.sequence.blocks import (
+    Attention,
+    AttentionBackward,
+    AttentionBuilder,
+    Axis,
+    Block,
+)
 
 
 def forward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attention) -> Block:
@@ -25,7 +31,13 @@ def forward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attent
 
 
 def backward(
-    b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: AttentionBackward, *, wire_dtype: str | None = None
+    b: AttentionBuilder,
+    axis: Axis,
+    q: Block,
+    kv: Block,
+    attend: AttentionBackward,
+    *,
+    wire_dtype: str | None = None,
 ) -> tuple[Block, Block]:
     """(q, dout, lse, delta), (k, v) -> (dq), (dk, dv). wire_dtype: of scattered dK, dV (default float32)."""
     mine, own = b.here(q, axis), b.here(kv, axis)
@@ -37,14 +49,20 @@ def backward(
         if keys is own:
             dkv = b.add(dkv, dkv_part, own.tokens)
         else:
-            scattered = b.whole(b.add(None, dkv_part, keys.tokens), b.gradient_specs(kv), keys.tokens, kv.heads)
+            scattered = b.whole(
+                b.add(None, dkv_part, keys.tokens), b.gradient_specs(kv), keys.tokens, kv.heads
+            )
     assert scattered is not None
     r, others = axis.rank, peers(axis)
     needed = [[b.seen_by(kv.tokens[j], [q.tokens[i]]) for j in range(axis.size)] for i in range(axis.size)]
     like = b.cast(Block((), b.gradient_specs(kv), own.tokens, kv.heads), wire_dtype)
     sends = {axis[j]: b.cast(b.pick(scattered, needed[r][j], places[j]), wire_dtype) for j in others}
     received = b.exchange(
-        "reduce_scatter", axis.channel("scatter"), sends, {axis[i]: (like, needed[i][r]) for i in others}, ("dk", "dv")
+        "reduce_scatter",
+        axis.channel("scatter"),
+        sends,
+        {axis[i]: (like, needed[i][r]) for i in others},
+        ("dk", "dv"),
     )
     for i in sorted(others):
         dkv = b.add(dkv, received[axis[i]], own.tokens)
@@ -59,8 +77,10 @@ def peers(axis: Axis) -> list[int]:
     return [(axis.rank + t) % axis.size for t in range(1, axis.size)]
 
 
-def gather(b: AttentionBuilder, axis: Axis, q: Block, kv: Block) -> tuple[Block, dict[int, tuple[Place, ...]]]:
-    """What this rank's queries need of the other ranks' K and V, as one block; and where each rank's part lies in it."""
+def gather(
+    b: AttentionBuilder, axis: Axis, q: Block, kv: Block
+) -> tuple[Block, dict[int, tuple[Place, ...]]]:
+    """What this rank's queries need of the other ranks' K and V, as one block; and where each rank's part lies."""
     r, others = axis.rank, peers(axis)
     own = b.here(kv, axis)
     if not others:

@@ -1,4 +1,4 @@
-"""From a problem to schedules: choose strategies by name, nest them over the axes of a mesh, write every rank's steps."""
+"""From a problem to schedules: strategies by name, nested over the axes of a mesh, written out for every rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.kernels.mask import AttentionMask
-from counterpoint.schedule.schedule import Schedule
+from counterpoint.schedule.schedule import Schedule, Value
 from counterpoint.strategies.sequence import allgather, bidirectional_ring, ring, rsa, tokenring, ulysses
 from counterpoint.strategies.sequence.blocks import (
     AttentionBuilder,
@@ -66,7 +66,9 @@ def parse_choices(given: Choices) -> tuple[Choice, ...]:
 
     One per mesh axis, outermost first. Raises ValueError for an unknown strategy, with the known ones.
     """
-    parts = given.split("/") if isinstance(given, str) else [given] if isinstance(given, Choice) else list(given)
+    parts = (
+        given.split("/") if isinstance(given, str) else [given] if isinstance(given, Choice) else list(given)
+    )
     return tuple(part if isinstance(part, Choice) else _parse_choice(part) for part in parts)
 
 
@@ -168,7 +170,9 @@ def _check_options(choice: Choice, direction: str) -> None:
 
 @lru_cache(maxsize=64)
 def _options(function: Callable) -> frozenset[str]:
-    return frozenset(p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
+    return frozenset(
+        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -186,7 +190,9 @@ def forward_schedule(problem: AttentionProblem, rank: int) -> Schedule:
     q, kv = _inputs(b, problem, tree, rank)
     out = _nest(b, problem, problem.forward_levels, problem.forward, rank, "forward")(q, kv)
     final = b.cast(replace(out, values=out.values[:1], specs=out.specs[:1]), problem.shape.dtype)
-    outputs = dict(zip(("out", "lse"), (*final.values, *(out.values[1:] if b.wants_lse else ())), strict=False))
+    outputs: dict[str, Value] = dict(
+        zip(("out", "lse"), (*final.values, *(out.values[1:] if b.wants_lse else ())), strict=False)
+    )
     for name, block in (b.saved or {}).items():
         outputs |= {f"saved.{name}.{i}": v for i, v in enumerate(block.values)}
     return b.finish(outputs)
@@ -277,7 +283,9 @@ def _tree(problem: AttentionProblem, levels: tuple[Level, ...]) -> Tree:
     return grow(0, {})
 
 
-def _saved_blocks(b: AttentionBuilder, problem: AttentionProblem, rank: int, given: Schedule) -> dict[str, Block]:
+def _saved_blocks(
+    b: AttentionBuilder, problem: AttentionProblem, rank: int, given: Schedule
+) -> dict[str, Block]:
     """The blocks that the forward pass saved, as inputs of the backward pass `b`."""
     again = _builder("", problem, problem.forward_levels, rank)
     again.wants_lse, again.saved = problem.wants_lse, {}

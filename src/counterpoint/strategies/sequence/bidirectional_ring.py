@@ -6,7 +6,13 @@ Symbols as in `ring`.
 
 from __future__ import annotations
 
-from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, AttentionBuilder, Axis, Block
+from counterpoint.strategies.sequence.blocks import (
+    Attention,
+    AttentionBackward,
+    AttentionBuilder,
+    Axis,
+    Block,
+)
 from counterpoint.strategies.sequence.ring import circulate, circulate_backward
 
 
@@ -17,7 +23,13 @@ def forward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attent
 
 
 def backward(
-    b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: AttentionBackward, *, wire_dtype: str | None = None
+    b: AttentionBuilder,
+    axis: Axis,
+    q: Block,
+    kv: Block,
+    attend: AttentionBackward,
+    *,
+    wire_dtype: str | None = None,
 ) -> tuple[Block, Block]:
     """(q, dout, lse, delta), (k, v) -> (dq), (dk, dv). wire_dtype: of travelling dK, dV (default float32)."""
     upper, lower = b.halves(kv)

@@ -14,16 +14,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from counterpoint.kernels.attention import Add, Attend, AttendBackward, Delta, Merge, accumulator
 from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.kernels.mask import AttentionMask
-from counterpoint.kernels.shape import AddHeads, Assemble, Cast, Fill, JoinHeads, Pick, Place, Spread, Take, TakeHeads
+from counterpoint.kernels.shape import (
+    AddHeads,
+    Assemble,
+    Cast,
+    Fill,
+    JoinHeads,
+    Pick,
+    Place,
+    Spread,
+    Take,
+    TakeHeads,
+)
 from counterpoint.kernels.tokens import Tokens, in_order, union
 from counterpoint.schedule.builder import Builder
 from counterpoint.schedule.schedule import Value
 
-Tree = Tokens | tuple["Tree", ...]  # tokens of every rank of the axes still to come
+Tree = Any  # Tokens, or a tuple of trees: the tokens of every rank of the axes still to come
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +76,9 @@ class Block:
 
 
 Attention = Callable[[Block, Block], Block]  # (q), (k, v) -> (out, lse)
-AttentionBackward = Callable[[Block, Block], tuple[Block, Block]]  # (q, dout, lse, delta), (k, v) -> (dq), (dk, dv)
+AttentionBackward = Callable[
+    [Block, Block], tuple[Block, Block]
+]  # (q, dout, lse, delta), (k, v) -> (dq), (dk, dv)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +97,7 @@ class AttentionShape:
             raise ValueError(f"batch, heads, kv_heads and head_dim must be at least 1, got {self}")
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"{self.heads} query heads over {self.kv_heads} key/value heads: the first must be a multiple of the second"
+                f"{self.heads} query heads over {self.kv_heads} key/value heads; the first must be a multiple of the other"
             )
 
     @property
@@ -100,13 +114,21 @@ class AttentionBuilder(Builder):
     """A builder that speaks in blocks. `place` is this rank's place on each axis, in nesting order."""
 
     def __init__(
-        self, name: str, rank: int, world_size: int, shape: AttentionShape, mask: AttentionMask, place: tuple[int, ...]
+        self,
+        name: str,
+        rank: int,
+        world_size: int,
+        shape: AttentionShape,
+        mask: AttentionMask,
+        place: tuple[int, ...],
     ) -> None:
         super().__init__(name, rank, world_size)
         self.shape, self.mask, self.place = shape, mask, place
         self.wants_lse = True  # does the caller need the logsumexp in the layout of the queries
         self._outs: dict[str, Value] = {}  # by the name of a delta: the output it was computed from
-        self._borrowed: set[str] = set()  # received values: their buffers go back to the channel, so totals copy them
+        self._borrowed: set[str] = (
+            set()
+        )  # received values: their buffers go back to the channel, so totals copy them
         self.saved: dict[str, Block] | None = None  # what a forward pass leaves for its own backward pass
 
     # ---- tokens --------------------------------------------------------------------------------
@@ -121,17 +143,18 @@ class AttentionBuilder(Builder):
 
     def seen_by(self, keys: Tree, queries: Iterable[Tree]) -> Tree:
         """The part of the keys that any of the queries sees."""
-        leaves = [leaf for q in queries for leaf in _leaves(q)]
-        return _map(keys, lambda k: self.mask.seen_by(k, leaves))
+        deciding = self.mask.last_queries(leaf for q in queries for leaf in _leaves(q))
+        return _map(keys, lambda k: self.mask.seen_by(k, deciding))
 
     def seeing(self, queries: Tree, keys: Iterable[Tree]) -> Tree:
         """The part of the queries that sees any of the keys."""
-        leaves = [leaf for k in keys for leaf in _leaves(k)]
-        return _map(queries, lambda q: self.mask.seeing(q, leaves))
+        deciding = self.mask.first_keys(leaf for k in keys for leaf in _leaves(k))
+        return _map(queries, lambda q: self.mask.seeing(q, deciding))
 
     def sees(self, queries: Tree, keys: Tree) -> bool:
         """Does any of the queries see any of the keys?"""
-        return any(self.mask.areas(q, k) for q in _leaves(queries) for k in _leaves(keys))
+        last, first = self.mask.last_queries(_leaves(queries)), self.mask.first_keys(_leaves(keys))
+        return any(self.mask.areas(q, k) for q in last for k in first)
 
     def without(self, tokens: Tree, part: Tree) -> Tree:
         """The tokens that are not in `part`."""
@@ -220,7 +243,8 @@ class AttentionBuilder(Builder):
             return block
         specs = tuple(s.cast(dtype) if len(s.shape) == 4 else s for s in block.specs)
         values = tuple(
-            self.compute(Cast(dtype), v)[0] if v.spec != s else v for v, s in zip(block.values, specs, strict=False)
+            self.compute(Cast(dtype), v)[0] if v.spec != s else v
+            for v, s in zip(block.values, specs, strict=False)
         )
         return Block(values, specs, block.tokens, block.heads)
 
@@ -272,7 +296,12 @@ class AttentionBuilder(Builder):
         return Block(values, specs, tokens, like.heads)
 
     def exchange(
-        self, kind: str, channel: str, sends: dict[int, Block], recvs: dict[int, tuple[Block, Tree]], names: Sequence[str]
+        self,
+        kind: str,
+        channel: str,
+        sends: dict[int, Block],
+        recvs: dict[int, tuple[Block, Tree]],
+        names: Sequence[str],
     ) -> dict[int, Block]:
         """A collective of blocks: `recvs` gives, by rank, a block of the expected types and its tokens."""
         wanted = {}
@@ -281,7 +310,9 @@ class AttentionBuilder(Builder):
             specs = tuple(s.with_size(1, count) for s in like.specs)
             wanted[rank] = Block((), specs, tokens, like.heads)
         items = {
-            rank: [(f"{name}{rank}", s) for name, s in zip(names, b.specs, strict=True)] if self.mine(b.tokens) else []
+            rank: [(f"{name}{rank}", s) for name, s in zip(names, b.specs, strict=True)]
+            if self.mine(b.tokens)
+            else []
             for rank, b in wanted.items()
         }
         received = self.collective(kind, channel, {rank: b.values for rank, b in sends.items()}, items)
@@ -295,7 +326,9 @@ class AttentionBuilder(Builder):
         if not areas:
             return Block((), specs, q.tokens, q.heads)
         kernel = Attend(areas, self.shape.softmax_scale, self.groups(q, kv))
-        return Block(self.compute(kernel, *q.values, *kv.values, names=("out", "lse")), specs, q.tokens, q.heads)
+        return Block(
+            self.compute(kernel, *q.values, *kv.values, names=("out", "lse")), specs, q.tokens, q.heads
+        )
 
     def attend_backward(self, q: Block, kv: Block) -> tuple[Block, Block]:
         """Its backward: (q, dout, lse, delta), (k, v) -> (dq), (dk, dv), in float32."""
@@ -305,7 +338,9 @@ class AttentionBuilder(Builder):
         if not areas:
             return dq, dkv
         *row, delta = q.values
-        out = self._outs.get(delta.name)  # where the output itself is at hand, the kernel need not stand in for it
+        out = self._outs.get(
+            delta.name
+        )  # where the output itself is at hand, the kernel need not stand in for it
         kernel = AttendBackward(areas, self.shape.softmax_scale, self.groups(q, kv), out is not None)
         a, *b = self.compute(kernel, *row, out or delta, *kv.values, names=("dq", "dk", "dv"))
         return replace(dq, values=(a,)), replace(dkv, values=tuple(b))
@@ -331,14 +366,18 @@ class AttentionBuilder(Builder):
         values = [self.compute(Add(rows), t, p)[0] for t, p in zip(total.values, part.values, strict=True)]
         return self._made(total, values, over)
 
-    def whole(self, block: Block | None, specs: Sequence[TensorSpec], tokens: Tree, heads: tuple[int, int]) -> Block:
+    def whole(
+        self, block: Block | None, specs: Sequence[TensorSpec], tokens: Tree, heads: tuple[int, int]
+    ) -> Block:
         """The block; or if there was nothing to put into it, zeros (for a logsumexp, which has three dims, -inf)."""
         if block is not None:
             return block
         count = self.mine(tokens).count
         specs = tuple(s.with_size(1, count) for s in specs)
         fills = [-math.inf if len(s.shape) == 3 else 0.0 for s in specs]
-        values = [self.compute(Fill(s, x), names=["empty"])[0] for s, x in zip(specs, fills, strict=True) if count]
+        values = [
+            self.compute(Fill(s, x), names=["empty"])[0] for s, x in zip(specs, fills, strict=True) if count
+        ]
         return Block(tuple(values), specs, tokens, heads)
 
     def _over(self, part: Block, over: Tree, fills: Sequence[float]) -> Block:
@@ -348,7 +387,8 @@ class AttentionBuilder(Builder):
             return replace(part, tokens=over)
         rows = wanted.locate(here)
         values = [
-            self.compute(Spread(rows, wanted.count, fill), v)[0] for v, fill in zip(part.values, fills, strict=True)
+            self.compute(Spread(rows, wanted.count, fill), v)[0]
+            for v, fill in zip(part.values, fills, strict=True)
         ]
         return self._made(part, values, over)
 
@@ -364,7 +404,9 @@ class AttentionBuilder(Builder):
         """Query heads of q per key/value head of kv."""
         g, (a, b) = self.shape.group, q.heads
         counts = tuple(min(b, (x + 1) * g) - max(a, x * g) for x in range(*kv.heads))
-        assert min(counts) > 0 and sum(counts) == b - a, f"heads {q.heads} do not fit key/value heads {kv.heads}"
+        assert min(counts) > 0 and sum(counts) == b - a, (
+            f"heads {q.heads} do not fit key/value heads {kv.heads}"
+        )
         return counts
 
     def _cut(self, kernel: Take | TakeHeads, value: Value) -> Value:
@@ -397,7 +439,6 @@ def _leaves(tokens: Tree) -> list[Tokens]:
 
 def _map(tokens: Tree, change: Callable[[Tokens], Tokens]) -> Tree:
     return change(tokens) if isinstance(tokens, Tokens) else tuple(_map(part, change) for part in tokens)
-
 
 
 def _merged(trees: Sequence[Tree]) -> Tree:

@@ -41,7 +41,9 @@ class SequenceLayout:
         if self.kind not in LAYOUTS:
             raise ValueError(f"layout {self.kind!r} is unknown; use one of {', '.join(LAYOUTS)}")
         if self.tokens < 1 or self.world_size < 1:
-            raise ValueError(f"a layout needs at least 1 token and 1 rank, got {self.tokens} and {self.world_size}")
+            raise ValueError(
+                f"a layout needs at least 1 token and 1 rank, got {self.tokens} and {self.world_size}"
+            )
         if self.documents and (sum(self.documents) != self.tokens or min(self.documents) < 1):
             raise ValueError(
                 f"document lengths must be at least 1 and sum to {self.tokens} tokens, "

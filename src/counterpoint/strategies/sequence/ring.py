@@ -13,18 +13,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, AttentionBuilder, Axis, Block, Tree
+from counterpoint.strategies.sequence.blocks import (
+    Attention,
+    AttentionBackward,
+    AttentionBuilder,
+    Axis,
+    Block,
+    Tree,
+)
 
 Walk = tuple[Block, int, str]  # a block for the whole axis, the way it walks (+1 up, -1 down), channel suffix
 
 
-def forward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attention, *, way: int = 1) -> Block:
+def forward(
+    b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attention, *, way: int = 1
+) -> Block:
     """(q), (k, v) -> (out, lse). way: +1 sends blocks to the next rank, -1 to the one before."""
     return circulate(b, axis, q, [(kv, way, "")], attend)
 
 
 def backward(
-    b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: AttentionBackward, *, way: int = 1,
+    b: AttentionBuilder,
+    axis: Axis,
+    q: Block,
+    kv: Block,
+    attend: AttentionBackward,
+    *,
+    way: int = 1,
     wire_dtype: str | None = None,
 ) -> tuple[Block, Block]:
     """(q, dout, lse, delta), (k, v) -> (dq), (dk, dv). wire_dtype: of travelling dK, dV (default float32)."""
@@ -44,7 +59,11 @@ def circulate(b: AttentionBuilder, axis: Axis, q: Block, walks: Sequence[Walk], 
 
 
 def circulate_backward(
-    b: AttentionBuilder, axis: Axis, q: Block, walks: Sequence[Walk], attend: AttentionBackward,
+    b: AttentionBuilder,
+    axis: Axis,
+    q: Block,
+    walks: Sequence[Walk],
+    attend: AttentionBackward,
     wire_dtype: str | None,
 ) -> tuple[Block, list[Block]]:
     """Backward of `circulate`: dq, and (dk, dv) of every walk."""
@@ -60,7 +79,13 @@ def circulate_backward(
 
 
 def walk(
-    b: AttentionBuilder, axis: Axis, q: Block, block: Block, way: int = 1, channel: str = "kv", names=("k", "v")
+    b: AttentionBuilder,
+    axis: Axis,
+    q: Block,
+    block: Block,
+    way: int = 1,
+    channel: str = "kv",
+    names=("k", "v"),
 ) -> Iterator[tuple[int, Block]]:
     """Lead every rank's block past this one: yields (rank it belongs to, block), the own block first.
 
@@ -84,7 +109,9 @@ def walk(
 class GradientWalk:
     """The gradients of the blocks, each following its block from rank to rank and then home to its owner."""
 
-    def __init__(self, b, axis: Axis, q: Block, kv: Block, way: int, suffix: str, *, wire_dtype: str | None) -> None:
+    def __init__(
+        self, b, axis: Axis, q: Block, kv: Block, way: int, suffix: str, *, wire_dtype: str | None
+    ) -> None:
         self.b, self.axis, self.q, self.kv, self.way = b, axis, q, kv, way
         self.channel, self.channel_home = axis.channel(f"dkv{suffix}"), axis.channel(f"home{suffix}")
         self.specs = b.gradient_specs(kv)
@@ -117,7 +144,9 @@ class GradientWalk:
         if not last:
             return self.own
         tokens = self.kv.tokens[r]
-        total = b.add(None, self._receive(r, shared, self.axis[r + self.way * last], self.channel_home), tokens)
+        total = b.add(
+            None, self._receive(r, shared, self.axis[r + self.way * last], self.channel_home), tokens
+        )
         total = b.add(total, b.take(self.own, b.without(tokens, shared)), tokens)
         return b.whole(total, self.specs, tokens, self.kv.heads)
 

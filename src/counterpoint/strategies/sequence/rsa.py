@@ -15,7 +15,13 @@ from __future__ import annotations
 from counterpoint.kernels.attention import Add
 from counterpoint.kernels.rows import RowSoftmax, Scores, Weigh
 from counterpoint.strategies.sequence.allgather import peers
-from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, AttentionBuilder, Axis, Block
+from counterpoint.strategies.sequence.blocks import (
+    Attention,
+    AttentionBackward,
+    AttentionBuilder,
+    Axis,
+    Block,
+)
 from counterpoint.strategies.sequence.ring import walk
 
 REDUCTIONS = ("all_reduce", "reduce_scatter")
@@ -32,7 +38,11 @@ def forward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attent
         if areas:
             kernel = Scores(areas, b.shape.softmax_scale, groups)
             scores[j] = b.compute(kernel, *mine.values, *k.values, names=(f"s{j}",))[0], k.tokens
-    *rows, lse = b.compute(RowSoftmax(), *(s for s, _ in scores.values()), names=(*(f"p{j}" for j in scores), "lse")) if scores else (None,)
+    *rows, lse = (
+        b.compute(RowSoftmax(), *(s for s, _ in scores.values()), names=(*(f"p{j}" for j in scores), "lse"))
+        if scores
+        else (None,)
+    )
     weights = dict(zip(scores, rows, strict=True))
     out = None
     for j, v in walk(b, axis, q, values, channel="v", names=("v",)):
@@ -46,7 +56,13 @@ def forward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attent
 
 
 def backward(
-    b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: AttentionBackward, *, reduce: str = "all_reduce"
+    b: AttentionBuilder,
+    axis: Axis,
+    q: Block,
+    kv: Block,
+    attend: AttentionBackward,
+    *,
+    reduce: str = "all_reduce",
 ) -> tuple[Block, Block]:
     """(q, dout, lse, delta), (k, v) -> (dq), (dk, dv). reduce: "all_reduce" as published, or "reduce_scatter"."""
     if reduce not in REDUCTIONS:

@@ -23,13 +23,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, AttentionBuilder, Axis, Block
+from counterpoint.strategies.sequence.blocks import (
+    Attention,
+    AttentionBackward,
+    AttentionBuilder,
+    Axis,
+    Block,
+)
 
 Combine = Callable[..., Block | None]
 
 
 def forward(
-    b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attention, *, packets: int = 1, relay: bool = True,
+    b: AttentionBuilder,
+    axis: Axis,
+    q: Block,
+    kv: Block,
+    attend: Attention,
+    *,
+    packets: int = 1,
+    relay: bool = True,
     wire_dtype: str | None = None,
 ) -> Block:
     """(q), (k, v) -> (out, lse).
@@ -48,10 +61,17 @@ def forward(
 
 
 def backward(
-    b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: AttentionBackward, *, packets: int = 1,
-    relay: bool = True, wire_dtype: str | None = None,
+    b: AttentionBuilder,
+    axis: Axis,
+    q: Block,
+    kv: Block,
+    attend: AttentionBackward,
+    *,
+    packets: int = 1,
+    relay: bool = True,
+    wire_dtype: str | None = None,
 ) -> tuple[Block, Block]:
-    """(q, dout, lse, delta), (k, v) -> (dq), (dk, dv). Options as in `forward`; dQ is float32 on the wire by default."""
+    """(q, dout, lse, delta), (k, v) -> (dq), (dk, dv). Options as in `forward`; dQ travels in float32 by default."""
     local = b.here(kv, axis)
     sums: dict[tuple[int, int], Block | None] = {}
 
@@ -63,14 +83,25 @@ def backward(
 
     dq = circulate(b, axis, q, kv, visit, b.add, "dq", packets, relay, wire_dtype)
     specs = b.gradient_specs(kv)
-    parts = [b.whole(total, b.with_heads(specs, heads), local.tokens, heads) for heads, total in sorted(sums.items())]
+    parts = [
+        b.whole(total, b.with_heads(specs, heads), local.tokens, heads)
+        for heads, total in sorted(sums.items())
+    ]
     dkv = b.join_heads(parts)
     return b.whole(dq, b.gradient_specs(q)[:1], q.tokens[axis.rank], q.heads), dkv
 
 
 def circulate(
-    b: AttentionBuilder, axis: Axis, q: Block, kv: Block, visit: Callable[[Block], Block], combine: Combine, back: str,
-    packets: int, relay: bool, wire_dtype: str | None,
+    b: AttentionBuilder,
+    axis: Axis,
+    q: Block,
+    kv: Block,
+    visit: Callable[[Block], Block],
+    combine: Combine,
+    back: str,
+    packets: int,
+    relay: bool,
+    wire_dtype: str | None,
 ) -> Block | None:
     """Lead every Q past every rank: `visit` what passes here, send the result home, combine what comes home."""
     r, N = axis.rank, axis.size
@@ -88,7 +119,8 @@ def circulate(
     def walking(j: int, t: int):  # the part of Q_j that arrives at step t: it sees keys here, or further on
         return b.seeing(queries[j], [keys[(j - s) % N] for s in range(t, N)]) if relay else seen(j, t)
 
-    visiting, total, returned = packet, [None] * len(packet), []
+    visiting, returned = packet, []
+    total: list[Block | None] = [None] * len(packet)
     for t in range(N):
         j, following = (r + t) % N, (r + t + 1) % N
         arriving = []
@@ -99,7 +131,9 @@ def circulate(
                 b.send_block(b.take(packet[p], seen(r, t + 1)), axis[r - t - 1], channel_q)
             source = axis[r + 1] if relay else axis[following]
             names = [f"{v}{following}" for v in ("q", "dout", "lse", "delta")]
-            arriving.append(b.recv_block(block, walking(following, t + 1), source, channel_q, names[: len(q.specs)]))
+            arriving.append(
+                b.recv_block(block, walking(following, t + 1), source, channel_q, names[: len(q.specs)])
+            )
         for p, block in enumerate(visiting):
             part = visit(b.take(block, seen(j, t)))
             if t == 0:

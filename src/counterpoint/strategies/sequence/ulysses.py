@@ -43,12 +43,16 @@ def forward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attent
     return b.join_heads(to_tokens(b, axis, q, out, places, q_heads, "out"))
 
 
-def backward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: AttentionBackward) -> tuple[Block, Block]:
+def backward(
+    b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: AttentionBackward
+) -> tuple[Block, Block]:
     """(q, dout, lse, delta), (k, v) -> (dq), (dk, dv)."""
     q_heads, kv_heads = deal_heads(b, axis, q)
     if b.saved:
         all_q, all_kv, out = (b.saved[name] for name in ("q", "kv", "out"))
-        dout, places = to_heads(b, axis, replace(q, values=q.values[1:2], specs=q.specs[1:2]), q_heads, "dout")
+        dout, places = to_heads(
+            b, axis, replace(q, values=q.values[1:2], specs=q.specs[1:2]), q_heads, "dout"
+        )
         packet = b.packet(all_q, dout, out)
     else:
         packet, places = to_heads(b, axis, q, q_heads, "q")
@@ -91,7 +95,9 @@ def to_tokens(b: AttentionBuilder, axis: Axis, like: Block, whole: Block, places
     """From (all tokens, my heads) to (my tokens, heads of rank i) for every rank i of the axis."""
     r = axis.rank
     parts = [b.pick(whole, like.tokens[j], places[j]) for j in range(axis.size)]
-    types = [Block((), b.with_heads(whole.specs, heads[i]), like.tokens[r], heads[i]) for i in range(axis.size)]
+    types = [
+        Block((), b.with_heads(whole.specs, heads[i]), like.tokens[r], heads[i]) for i in range(axis.size)
+    ]
     names = [f"{name}{i}_" if i else name for i in range(len(whole.specs))]
     received = b.exchange(
         "all_to_all",

@@ -90,6 +90,17 @@ sys.exit(1)
     assert failure.value.exit_code == 2
 
 
+def test_a_worker_that_hangs_is_the_one_that_said_nothing(tmp_path):
+    text = """
+if worker.rank == 1: time.sleep(60)
+write_report(worker, RuntimeError("timed out"), user=False, secondary=True)
+sys.exit(1)
+"""
+    with pytest.raises(WorkerFailure, match=r"^rank 1 stopped answering \(timed out\)$") as failure:
+        launch(write(tmp_path, text), 3, os.environ, grace=0.5)
+    assert failure.value.exit_code == 1 and not failure.value.trace
+
+
 def test_a_mistake_that_all_workers_find_is_told_once_without_a_rank(tmp_path):
     text = "write_report(worker, ValueError('bad'), user=True, secondary=False); sys.exit(2)"
     with pytest.raises(WorkerFailure, match=r"^bad$"):

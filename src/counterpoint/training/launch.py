@@ -140,7 +140,7 @@ def write_report(worker: Worker, error: BaseException, user: bool, secondary: bo
     """Leaves the failure of this worker where its parent looks; a full disk must not hide the failure."""
     if worker.errors is None:
         return
-    trace = "" if user else "".join(traceback.format_exception(error))
+    trace = "" if user or secondary else "".join(traceback.format_exception(error))
     message = str(error) or type(error).__name__
     report = Report(worker.rank, message, user, secondary, trace, time.time())
     with suppress(OSError):
@@ -279,7 +279,12 @@ def _outcome(ends: list[int | None], forward: _Forward, reports: list[Report]) -
     if first is None:
         rank, code = next(iter(bad.items()))
         raise WorkerFailure(f"rank {rank} exited with code {code} without saying why", 1)
-    everywhere = sum(r.message == first.message for r in reports) == len(ends)
+    silent = [
+        rank for rank, code in enumerate(ends) if code is None and rank not in {r.rank for r in reports}
+    ]
+    if first.secondary and silent:
+        raise WorkerFailure(f"rank {silent[0]} stopped answering ({first.message})", 1)
+    everywhere = first.secondary or sum(r.message == first.message for r in reports) == len(ends)
     where = "" if everywhere else f"rank {first.rank}: "
     raise WorkerFailure(where + first.message, 2 if first.user else 1, first.trace)
 

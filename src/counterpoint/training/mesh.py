@@ -149,8 +149,9 @@ def open_processes(parallel: ParallelConfig, worker: Worker | None) -> Iterator[
         sign = next((sign for sign in _LOST if sign in str(error)), None)
         if sign is None:
             raise
-        message = f"rank {worker.rank} lost contact with another rank: {sign.lower()}"
-        raise PeerFailure(message, rank=worker.rank, step="a collective outside attention") from error
+        step = "a collective outside attention"
+        message = f"rank {worker.rank} lost contact with another rank in {step}: {sign.lower()}"
+        raise PeerFailure(message, rank=worker.rank, step=step) from error
 
 
 def _join(worker: Worker, device: torch.device, timeout: timedelta) -> None:

@@ -6,9 +6,14 @@ from typing import Annotated
 
 import typer
 
+from counterpoint.cli.cluster import cluster
+from counterpoint.cli.demo import demo
 from counterpoint.cli.export import export
 from counterpoint.cli.generate import generate
+from counterpoint.cli.report import report
+from counterpoint.cli.schedule import schedule
 from counterpoint.cli.train import train
+from counterpoint.cli.verify import verify, verify_worker
 
 app = typer.Typer(
     name="counterpoint",
@@ -17,7 +22,7 @@ app = typer.Typer(
         "A strategy is written once, as a schedule; the same schedule is executed on the devices you have "
         "and simulated on the cluster you describe."
     ),
-    epilog="Start with: counterpoint train --set training.steps=50 --set parallel.sequence=2",
+    epilog="Start with: counterpoint demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,3 +44,9 @@ def _options(
 app.command()(train)
 app.command()(generate)
 app.command()(export)
+app.command()(verify)
+app.command("verify-worker", hidden=True)(verify_worker)
+app.command()(schedule)
+app.command()(report)
+app.add_typer(cluster, name="cluster")
+app.command()(demo)

@@ -108,7 +108,7 @@ class AttentionMask:
         return k.pick(union((a.k_start, a.k_stop) for q in queries for a in self.areas(q, k)))
 
     def last_queries(self, queries: Iterable[Tokens]) -> list[Tokens]:
-        """A few queries that together see the same keys as all of these: without a window, the last of each document."""
+        """A few queries that together see the same keys as all: without a window, the last of each document."""
         return self._deciding(queries, max)
 
     def first_keys(self, keys: Iterable[Tokens]) -> list[Tokens]:

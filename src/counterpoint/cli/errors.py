@@ -8,8 +8,10 @@ from typing import NoReturn
 
 
 def is_user_mistake(error: BaseException) -> bool:
-    """Whether the error is about what was given (values, files, a full disk), not about the program."""
-    return isinstance(error, ValueError | OSError) and not isinstance(error, ConnectionError | UnicodeError)
+    """Whether the error is about what was given (values, files, a full disk, a learning rate that diverges)."""
+    return isinstance(error, ValueError | OSError | FloatingPointError) and not isinstance(
+        error, ConnectionError | UnicodeError
+    )
 
 
 def is_peer_failure(error: BaseException) -> bool:

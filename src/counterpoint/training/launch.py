@@ -283,7 +283,10 @@ def _outcome(ends: list[int | None], forward: _Forward, reports: list[Report]) -
         rank for rank, code in enumerate(ends) if code is None and rank not in {r.rank for r in reports}
     ]
     if first.secondary and silent:
-        raise WorkerFailure(f"rank {silent[0]} stopped answering ({first.message})", 1)
+        said = first.message.startswith(f"rank {silent[0]} ")
+        raise WorkerFailure(
+            first.message if said else f"rank {silent[0]} stopped answering ({first.message})", 1
+        )
     everywhere = first.secondary or sum(r.message == first.message for r in reports) == len(ends)
     where = "" if everywhere else f"rank {first.rank}: "
     raise WorkerFailure(where + first.message, 2 if first.user else 1, first.trace)

@@ -176,3 +176,8 @@ def _join(worker: Worker, device: torch.device, timeout: timedelta) -> None:
                 f"port {worker.port} on {worker.address} is in use; set another MASTER_PORT"
             ) from None
         raise
+    except dist.DistStoreError as error:
+        raise ValueError(
+            f"not all of {world_size} workers met at {worker.address}:{worker.port} within "
+            f"{timeout.total_seconds():g} s; start them all, or raise parallel.timeout ({error})"
+        ) from None

@@ -177,7 +177,9 @@ def packed_documents(rank):
 def few_labels(rank):
     ids = make_ids(1)
     labels = torch.full_like(ids, IGNORED)
-    labels[0, [1, 2, 15, 16, 17]] = ids[0, [1, 2, 15, 16, 17]]  # 15 is the first token of rank 1, rank 0 predicts it
+    labels[0, [1, 2, 15, 16, 17]] = ids[
+        0, [1, 2, 15, 16, 17]
+    ]  # 15 is the first token of rank 1, rank 0 predicts it
     parallel = sequence_parallel(make(), mesh=mesh(3), layout="contiguous")
     counts = torch.zeros(3, dtype=torch.int64)
     counts[rank] = (parallel.shard(ids, labels=labels)["labels"] != IGNORED).sum()

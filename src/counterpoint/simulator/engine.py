@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from counterpoint.simulator.accelerate import compiled
+from counterpoint.simulator.accelerate import accelerated
 from counterpoint.simulator.network import FLOW_ENDS, Flows, end_flow, make_flows, rebalance, start_flow
 from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, TIMED, Array, Program
 
 STEP_ENDS, FLOW_STARTS, MEETING_ENDS = 0, 1, 3
+WORTH_COMPILING = 10_000  # steps; loading compiled code takes longer than interpreting fewer
 TOGETHER = 1e-13  # relative difference below which two events happen at the same moment
 
 # Entries of State.counts.
@@ -64,22 +65,30 @@ def run(program: Program) -> State:
         p.meeting_members.copy(), np.zeros(events, np.int64), np.zeros(events), np.zeros(events, np.int64),
         np.array([0, 0, 0, 0, -1, -1]),
     )  # fmt: skip
-    _loop(p, state, flows, width)
-    return state
+    if steps >= WORTH_COMPILING and (fast := accelerated()):
+        fast(p, state, flows, width)
+        return state
+    # Element by element, lists are several times faster than arrays.
+    plain = State(*map(_listed, state))
+    loop(Program(*map(_listed, p)), plain, Flows(*map(_listed, flows)), width)
+    return State(*map(np.array, plain))
 
 
-@compiled
-def _loop(p: Program, s: State, flows: Flows, width: int) -> None:
+def _listed(column: Array | int) -> list | int:
+    return column.tolist() if isinstance(column, np.ndarray) else column
+
+
+def loop(p: Program, s: State, flows: Flows, width: int) -> None:
     events = [(0.0, STEP_ENDS, -1, -1)]
     heappop(events)
-    for rank in range(s.live.size):
+    for rank in range(len(s.live)):
         _record(s, rank, 0.0)
         if s.fast[rank] > p.limit[rank] and s.counts[FULL_RANK] < 0:
             s.counts[FULL_RANK] = rank
-    for stream in range(p.first.size):
+    for stream in range(len(p.first)):
         if p.depth[stream] > 0:
             _post(p, s, stream, 0.0, events)
-    for step in range(s.waits.size):
+    for step in range(len(s.waits)):
         if s.waits[step] == 0 and p.kind[step] != RECV:
             _push(s, step)
     _drain(p, s, 0.0, events)
@@ -105,19 +114,17 @@ def _loop(p: Program, s: State, flows: Flows, width: int) -> None:
         rebalance(p, flows, width, time, events)
 
 
-@compiled
 def _push(s: State, step: int) -> None:
-    s.queue[s.counts[QUEUED] % s.queue.size] = step
+    s.queue[s.counts[QUEUED] % len(s.queue)] = step
     s.counts[QUEUED] += 1
 
 
-@compiled
 def _drain(p: Program, s: State, time: float, events) -> None:
     while s.counts[TAKEN] < s.counts[QUEUED] and s.counts[FULL_RANK] < 0:
-        step = s.queue[s.counts[TAKEN] % s.queue.size]
+        step = s.queue[s.counts[TAKEN] % len(s.queue)]
         s.counts[TAKEN] += 1
         kind = p.kind[step]
-        if kind == RECV or not np.isnan(s.start[step]):  # it had started; its messages have come
+        if kind == RECV or s.start[step] == s.start[step]:  # it had started; its messages have come
             _finish(p, s, step, time, events)
             continue
         s.start[step] = time
@@ -144,14 +151,12 @@ def _drain(p: Program, s: State, time: float, events) -> None:
                 _offer(p, s, p.outgoing[i], time, events)
 
 
-@compiled
 def _offer(p: Program, s: State, message: int, time: float, events) -> None:
     s.offers[message] += 1
     if s.offers[message] == 2:
         heappush(events, (time + p.message_latency[message], FLOW_STARTS, message, 0))
 
 
-@compiled
 def _message_ends(p: Program, s: State, message: int) -> None:
     for end in (p.message_sender[message], p.message_receiver[message]):
         if end >= 0:
@@ -160,7 +165,6 @@ def _message_ends(p: Program, s: State, message: int) -> None:
                 _push(s, end)
 
 
-@compiled
 def _finish(p: Program, s: State, step: int, time: float, events) -> None:
     rank, stream = p.rank[step], p.stream[step]
     s.stop[step] = time
@@ -198,7 +202,6 @@ def _finish(p: Program, s: State, step: int, time: float, events) -> None:
             _push(s, after)
 
 
-@compiled
 def _allocate(p: Program, s: State, rank: int, buffer: int, step: int) -> int:
     s.alive[buffer] = True
     if p.buffer_fast[buffer]:
@@ -208,7 +211,6 @@ def _allocate(p: Program, s: State, rank: int, buffer: int, step: int) -> int:
     return p.buffer_bytes[buffer]
 
 
-@compiled
 def _free(p: Program, s: State, rank: int, buffer: int, time: float, events) -> None:
     s.alive[buffer] = False
     s.live[rank] -= p.buffer_bytes[buffer]
@@ -223,7 +225,6 @@ def _free(p: Program, s: State, rank: int, buffer: int, time: float, events) -> 
             _post(p, s, p.stream[source], time, events)
 
 
-@compiled
 def _post(p: Program, s: State, stream: int, time: float, events) -> None:
     while s.next_post[stream] >= 0 and s.alive_messages[stream] < p.depth[stream] and s.counts[FULL_RANK] < 0:
         step = s.next_post[stream]
@@ -240,7 +241,6 @@ def _post(p: Program, s: State, stream: int, time: float, events) -> None:
             _offer(p, s, p.incoming[i], time, events)
 
 
-@compiled
 def _record(s: State, rank: int, time: float) -> None:
     n = s.counts[EVENTS]
     s.event_rank[n], s.event_time[n], s.event_live[n] = rank, time, s.live[rank]

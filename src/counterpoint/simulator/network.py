@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from counterpoint.simulator.accelerate import compiled
 from counterpoint.simulator.program import Array, Program
 
 SLACK = 1e-9  # relative difference below which two rates count as equal
@@ -73,12 +72,10 @@ def make_flows(slots: int, resources: int, width: int) -> Flows:
     )  # fmt: skip
 
 
-@compiled
 def contended(p: Program, flows: Flows, resource: int) -> bool:
     return flows.load[resource] > p.capacity[resource] * (1 + SLACK)
 
 
-@compiled
 def touch(flows: Flows, resource: int) -> None:
     if not flows.is_dirty[resource]:
         flows.is_dirty[resource] = True
@@ -86,10 +83,9 @@ def touch(flows: Flows, resource: int) -> None:
         flows.marks[0] += 1
 
 
-@compiled
 def start_flow(p: Program, flows: Flows, width: int, message: int, time: float) -> None:
     """Put a message on its way; `rebalance` gives it a rate."""
-    slot = flows.free[flows.free.size - 1 - flows.used[0]]
+    slot = flows.free[len(flows.free) - 1 - flows.used[0]]
     flows.used[0] += 1
     flows.message[slot], flows.remaining[slot] = message, p.message_bytes[message]
     flows.since[slot], flows.rate[slot] = time, 0.0
@@ -108,7 +104,6 @@ def start_flow(p: Program, flows: Flows, width: int, message: int, time: float) 
             touch(flows, resource)
 
 
-@compiled
 def end_flow(p: Program, flows: Flows, width: int, slot: int) -> int:
     """Take a flow off its resources; returns its message."""
     message = flows.message[slot]
@@ -131,11 +126,10 @@ def end_flow(p: Program, flows: Flows, width: int, slot: int) -> int:
     flows.message[slot] = -1
     flows.version[slot] += 1
     flows.used[0] -= 1
-    flows.free[flows.free.size - 1 - flows.used[0]] = slot
+    flows.free[len(flows.free) - 1 - flows.used[0]] = slot
     return message
 
 
-@compiled
 def rebalance(p: Program, flows: Flows, width: int, time: float, events) -> None:
     """New rates for all flows that the changes since the last call reach; their ends become events."""
     flows_in, pooled = 0, 0
@@ -190,7 +184,6 @@ def rebalance(p: Program, flows: Flows, width: int, time: float, events) -> None
         flows.in_pool[flows.pool[i]] = False
 
 
-@compiled
 def fill(p: Program, flows: Flows, flows_in: int, pooled: int) -> None:
     """Max-min fair targets for the first `flows_in` flows of the group over the first `pooled` resources."""
     for i in range(pooled):

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 # Preparing data or writing a checkpoint on one rank may take long while the others wait.
 _PATIENCE = timedelta(minutes=60)
+# Workers start at different speeds, whatever is asked of them once they run.
+_ARRIVAL = timedelta(minutes=2)
 # How gloo and NCCL say that another process is gone or silent.
 _LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe", "ncclRemote")
 
@@ -166,7 +168,7 @@ def _join(worker: Worker, device: torch.device, timeout: timedelta) -> None:
             worker.port,
             world_size,
             is_master=rank == 0,
-            timeout=timeout,
+            timeout=max(timeout, _ARRIVAL),
             master_listen_fd=worker.listen_fd,
         )
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

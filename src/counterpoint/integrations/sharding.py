@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from counterpoint.strategies.sequence.layout import SequenceLayout
 IGNORED = -100  # transformers' and torch's mark of a token that is not predicted
 
 
-class ShardedBatch(TypedDict, total=False):
+class ShardedBatch(TypedDict):
     """Keyword arguments of a sequence-parallel model. All tensors are (batch, local_tokens).
 
     labels and shift_labels are the same tensor: the token that follows each local token. The first makes a
@@ -22,11 +22,11 @@ class ShardedBatch(TypedDict, total=False):
 
     input_ids: Tensor
     position_ids: Tensor
-    labels: Tensor
-    shift_labels: Tensor
-    num_items_in_batch: Tensor
     use_cache: bool
     sequence_layout: SequenceLayout
+    labels: NotRequired[Tensor]
+    shift_labels: NotRequired[Tensor]
+    num_items_in_batch: NotRequired[Tensor]
 
 
 def shard_batch(

@@ -110,6 +110,8 @@ class Transport:
         rank raise the first one's error.
         """
         with self._searching:
+            if self.failure is None and self.group is None:
+                raise cause
             if self.failure is None:
                 self.failure = self._search(waiting_for, step, cause)
             return self.failure

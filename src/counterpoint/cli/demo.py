@@ -14,7 +14,9 @@ PROMPT = "def "
 
 
 def demo(
-    directory: Annotated[Path, typer.Option("--directory", "-d", help="Where the run goes.")] = Path("demo-run"),
+    directory: Annotated[Path, typer.Option("--directory", "-d", help="Where the run goes.")] = Path(
+        "demo-run"
+    ),
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps.")] = 40,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens of a sequence.")] = 8192,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share a sequence.")] = 4,
@@ -124,7 +126,7 @@ def first_layer(timeline) -> tuple[float, float]:
     stop = timeline.start
     for rank in timeline.ranks:
         spans = sorted((s for s in timeline.spans if s.rank == rank), key=lambda s: s.start)
-        attends = [s for s in spans if s.name.startswith("attend")]
+        attends = [s for s in spans if s.name.startswith("attend ")]
         # a layer ends where a rank attends to its own block again, as it does first in every layer
         later = next((s.start for s in attends[1:] if s.name == attends[0].name), timeline.stop)
         stop = max(stop, *(s.stop for s in spans if s.kind == "compute" and s.stop <= later))

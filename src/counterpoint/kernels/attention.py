@@ -82,7 +82,7 @@ class AttendBackward(Kernel):
         )
 
     def label(self) -> str:
-        return f"attend backward {_brief(self.areas)}"
+        return f"backward {_brief(self.areas)}"
 
 
 @register("delta")

@@ -37,7 +37,7 @@ def describe(schedule: Schedule, index: int) -> str:
 def span_name(step: Step) -> str:
     """What a picture writes on a step."""
     if isinstance(step, Compute):
-        return step.label()
+        return " ".join([step.label(), *step.reads[:1]])
     if isinstance(step, Send | Collective | Copy):
         return f"{step.label()}: {', '.join(step.reads)}"
     return f"{step.label()}: {', '.join(v.name for v in step.writes)}"

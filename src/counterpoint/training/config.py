@@ -102,9 +102,15 @@ class OptimizerConfig(Section):
     min_lr: float = Field(1e-4, ge=0, description="learning rate at the last step")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
     weight_decay: float = Field(0.1, ge=0, description="for matrices; vectors are not decayed")
-    warmup: int = Field(10, ge=0, description="steps of linear warm-up")
+    warmup: int | None = Field(
+        None, ge=0, description="steps of linear warm-up; null: a twentieth of all steps, at most 100"
+    )
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+    def warmup_steps(self, steps: int) -> int:
+        """Steps of warm-up in a run of so many steps."""
+        return min(100, steps // 20) if self.warmup is None else self.warmup
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
@@ -164,9 +170,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.optimizer.warmup > self.training.steps:
+        warmup = self.optimizer.warmup
+        if warmup is not None and warmup > self.training.steps:
             raise ValueError(
-                f"optimizer.warmup = {self.optimizer.warmup} exceeds training.steps = {self.training.steps}; "
+                f"optimizer.warmup = {warmup} exceeds training.steps = {self.training.steps}; "
                 "shorten the warm-up"
             )
         data = self.parallel.data

@@ -29,11 +29,12 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     The cosine reaches `min_lr` at the last step. Source: Loshchilov and Hutter, arXiv 1608.03983, without
     restarts.
     """
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+    warmup = config.warmup_steps(steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
         return config.lr
-    share = (step - config.warmup + 1) / max(1, steps - config.warmup)
+    share = (step - warmup + 1) / max(1, steps - warmup)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 

@@ -89,7 +89,9 @@ def verify(config: TrainConfig, worker: Worker | None = None) -> int:
         return 0 if processes.first(compare) else 1
 
 
-def _gradients(model: Decoder, stream, config: TrainConfig, processes: Processes) -> tuple[float, dict[str, Tensor]]:
+def _gradients(
+    model: Decoder, stream, config: TrainConfig, processes: Processes
+) -> tuple[float, dict[str, Tensor]]:
     """Mean loss per token of a global batch, and its gradients, whole on every rank."""
     batches = list(own_sequences(stream, config.training.global_batch, processes))
     own = sum(int((batch.labels >= 0).sum()) for batch in batches) if processes.sequence_rank == 0 else 0

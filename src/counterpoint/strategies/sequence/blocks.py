@@ -97,7 +97,7 @@ class AttentionShape:
             raise ValueError(f"batch, heads, kv_heads and head_dim must be at least 1, got {self}")
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"{self.heads} query heads over {self.kv_heads} key/value heads; the first must be a multiple of the other"
+                f"{self.heads} query heads over {self.kv_heads} key/value heads: give a multiple of the second"
             )
 
     @property

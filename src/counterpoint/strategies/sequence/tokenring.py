@@ -21,17 +21,18 @@ forward (N-1) u towards r - 1 and (N-1) u (1 + 4/(d e)) home; backward (N-1) 2u 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.strategies.sequence.blocks import (
     Attention,
     AttentionBackward,
     AttentionBuilder,
     Axis,
     Block,
+    Tree,
 )
-
-Combine = Callable[..., Block | None]
 
 
 def forward(
@@ -56,7 +57,8 @@ def forward(
     def visit(queries: Block) -> Block:
         return attend(queries, b.keys_for(local, queries))
 
-    out = circulate(b, axis, q, kv, visit, b.merge, "out", packets, relay, wire_dtype)
+    home = Homeward(axis.channel("out"), b.attention_specs(q), wire_dtype)
+    out = circulate(b, axis, q, kv, visit, b.merge, home, packets, relay)
     return b.whole(out, b.attention_specs(q), q.tokens[axis.rank], q.heads)
 
 
@@ -81,14 +83,11 @@ def backward(
         sums[keys.heads] = b.add(sums.get(keys.heads), dkv, keys.tokens)
         return dq
 
-    dq = circulate(b, axis, q, kv, visit, b.add, "dq", packets, relay, wire_dtype)
+    home = Homeward(axis.channel("dq"), b.gradient_specs(q)[:1], wire_dtype)
+    dq = circulate(b, axis, q, kv, visit, b.add, home, packets, relay)
     specs = b.gradient_specs(kv)
-    parts = [
-        b.whole(total, b.with_heads(specs, heads), local.tokens, heads)
-        for heads, total in sorted(sums.items())
-    ]
-    dkv = b.join_heads(parts)
-    return b.whole(dq, b.gradient_specs(q)[:1], q.tokens[axis.rank], q.heads), dkv
+    dkv = [b.whole(x, b.with_heads(specs, heads), local.tokens, heads) for heads, x in sorted(sums.items())]
+    return b.whole(dq, home.specs, q.tokens[axis.rank], q.heads), b.join_heads(dkv)
 
 
 def circulate(
@@ -97,59 +96,77 @@ def circulate(
     q: Block,
     kv: Block,
     visit: Callable[[Block], Block],
-    combine: Combine,
-    back: str,
+    combine: Callable[..., Block | None],
+    home: Homeward,
     packets: int,
     relay: bool,
-    wire_dtype: str | None,
 ) -> Block | None:
-    """Lead every Q past every rank: `visit` what passes here, send the result home, combine what comes home."""
+    """Lead all queries past all ranks: `visit` those that are here, send the result home, `combine` what comes home."""
     r, N = axis.rank, axis.size
-    queries, keys = q.tokens, kv.tokens
-    packet = b.head_packets(b.here(q, axis), packets)
-    channel_q, channel_back = axis.channel("q"), axis.channel(back)
-    b.depth(channel_q, 2 * len(packet))
-    b.depth(channel_back, 2 * len(packet))
-    specs = b.gradient_specs(q)[:1] if back == "dq" else b.attention_specs(q)
-    wire = wire_dtype or specs[0].dtype
-
-    def seen(j: int, t: int):  # the part of Q_j that sees keys of the rank it visits at step t
-        return b.seeing(queries[j], [keys[(j - t) % N]])
-
-    def walking(j: int, t: int):  # the part of Q_j that arrives at step t: it sees keys here, or further on
-        return b.seeing(queries[j], [keys[(j - s) % N] for s in range(t, N)]) if relay else seen(j, t)
-
-    visiting, returned = packet, []
-    total: list[Block | None] = [None] * len(packet)
-    for t in range(N):
-        j, following = (r + t) % N, (r + t + 1) % N
-        arriving = []
-        for p, block in enumerate(visiting if t + 1 < N else []):
-            if relay:
-                b.send_block(b.take(block, walking(j, t + 1)), axis[r - 1], channel_q)
-            else:
-                b.send_block(b.take(packet[p], seen(r, t + 1)), axis[r - t - 1], channel_q)
-            source = axis[r + 1] if relay else axis[following]
-            names = [f"{v}{following}" for v in ("q", "dout", "lse", "delta")]
-            arriving.append(
-                b.recv_block(block, walking(following, t + 1), source, channel_q, names[: len(q.specs)])
-            )
-        for p, block in enumerate(visiting):
-            part = visit(b.take(block, seen(j, t)))
-            if t == 0:
-                total[p] = combine(total[p], part, queries[r])
-            else:
-                b.send_block(b.cast(part, wire), axis[j], channel_back)
-        for p, part in returned:
-            total[p] = combine(total[p], part, queries[r])
-        returned = []
-        if t:
-            for p, own in enumerate(packet):
-                like = b.cast(Block((), b.with_heads(specs, own.heads), own.tokens, own.heads), wire)
-                names = [f"{back}_from{axis[r - t]}", f"lse_from{axis[r - t]}"][: len(specs)]
-                returned.append((p, b.recv_block(like, seen(r, t), axis[r - t], channel_back, names)))
-        visiting = arriving
-    for p, part in returned:
-        total[p] = combine(total[p], part, queries[r])
+    own = b.head_packets(q, packets)
+    b.depth(axis.channel("q"), 2 * len(own))
+    b.depth(home.channel, 2 * len(own))
+    total: list[Block | None] = [None] * len(own)
+    returned: list[Block] = []
+    for t, blocks in enumerate(zip(*(walk(b, axis, packet, kv, relay) for packet in own), strict=True)):
+        parts = [visit(block) for block in blocks]
+        for part in parts if t > 0 else []:
+            home.send(b, part, axis[r + t])
+        for p, part in enumerate(parts if t == 0 else returned):
+            total[p] = combine(total[p], part, q.tokens[r])
+        if t > 0:
+            seen = b.seeing(q.tokens[r], [kv.tokens[(r - t) % N]])
+            returned = [home.receive(b, packet, seen, axis[r - t]) for packet in own]
+    for p, part in enumerate(returned):
+        total[p] = combine(total[p], part, q.tokens[r])
     filled = [part for part in total if part is not None]
     return b.join_heads(filled) if filled else None
+
+
+def walk(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, relay: bool) -> Iterator[Block]:
+    """What visits this rank at steps 0, 1, ...: the queries of rank r + t, those of them that see keys here.
+
+    Before they are yielded they are sent on, as far as they see keys further along, and the next are expected.
+    """
+    r, N = axis.rank, axis.size
+    queries, keys, channel = q.tokens, kv.tokens, axis.channel("q")
+    names = ("q", "dout", "lse", "delta")[: len(q.specs)]
+
+    def seen(j: int, t: int):  # the part of Q_j that sees keys of the rank it is at in step t
+        return b.seeing(queries[j], [keys[(j - t) % N]])
+
+    def walking(j: int, t: int):  # the part of Q_j that sees keys there or further on
+        return b.seeing(queries[j], [keys[(j - s) % N] for s in range(t, N)])
+
+    own = visiting = b.here(q, axis)
+    for t in range(N):
+        j, following = (r + t) % N, (r + t + 1) % N
+        arriving = visiting
+        if t + 1 < N:
+            labels = [f"{name}{following}" for name in names]
+            if relay:
+                b.send_block(b.take(visiting, walking(j, t + 1)), axis[r - 1], channel)
+                arriving = b.recv_block(own, walking(following, t + 1), axis[r + 1], channel, labels)
+            else:
+                b.send_block(b.take(own, seen(r, t + 1)), axis[r - t - 1], channel)
+                arriving = b.recv_block(own, seen(following, t + 1), axis[following], channel, labels)
+        yield b.take(visiting, seen(j, t))
+        visiting = arriving
+
+
+@dataclass(frozen=True, slots=True)
+class Homeward:
+    """The way back: the channel, the types of what returns, and the dtype it travels in."""
+
+    channel: str
+    specs: tuple[TensorSpec, ...]
+    wire_dtype: str | None
+
+    def send(self, b: AttentionBuilder, part: Block, owner: int) -> None:
+        b.send_block(b.cast(part, self.wire_dtype or self.specs[0].dtype), owner, self.channel)
+
+    def receive(self, b: AttentionBuilder, own: Block, tokens: Tree, source: int) -> Block:
+        """What rank `source` made of the tokens `tokens` of this rank's own queries."""
+        like = b.cast(Block((), b.with_heads(self.specs, own.heads), tokens, own.heads), self.wire_dtype)
+        names = [f"{self.channel}_from{source}", f"lse_from{source}"]
+        return b.recv_block(like, tokens, source, self.channel, names[: len(self.specs)])

@@ -8,7 +8,7 @@ All that happens at one moment is done before rates are computed anew, so equal 
 from __future__ import annotations
 
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,7 +60,8 @@ def run(program: Program) -> State:
     state = State(
         np.full(steps, np.nan), np.full(steps, np.nan), p.waits.copy(),
         np.diff(p.outgoing_at) + np.diff(p.incoming_at), np.zeros(p.message_bytes.size, np.int8),
-        np.zeros(max(1, steps), np.int64), p.first.copy(), np.where(p.depth > 0, p.first, -1), np.zeros(streams, np.int64), held,
+        np.zeros(max(1, steps), np.int64), p.first.copy(), np.where(p.depth > 0, p.first, -1),
+        np.zeros(streams, np.int64), held,
         p.buffer_readers.copy(), np.zeros(p.buffer_bytes.size, np.bool_), p.live.copy(), p.live.copy(),
         p.meeting_members.copy(), np.zeros(events, np.int64), np.zeros(events), np.zeros(events, np.int64),
         np.array([0, 0, 0, 0, -1, -1]),
@@ -74,7 +75,7 @@ def run(program: Program) -> State:
     return State(*map(np.array, plain))
 
 
-def _listed(column: Array | int) -> list | int:
+def _listed(column: Array | int) -> Any:
     return column.tolist() if isinstance(column, np.ndarray) else column
 
 

@@ -113,22 +113,22 @@ def _full(compiler: Compiler, program: Program, state: State, rank: int) -> str:
     made = program.makes[program.makes_at[base] : program.makes_at[base + len(schedule.steps)]]
     alive = [b for b in made.tolist() if state.alive[b] and program.buffer_fast[b]]
     held += [(int(program.buffer_bytes[b]), compiler.names[b]) for b in alive]
-    held.sort(reverse=True)
-    largest = ", ".join(f"{name} ({_gigabytes(size)})" for size, name in held[:5])
+    held.sort(key=lambda item: -item[0])
+    largest = ", ".join(f"{name} ({_readable(size)})" for size, name in held[:5])
     more = f" and {len(held) - 5} more" if len(held) > 5 else ""
     when = "before its first step"
     if step >= 0:
         time = float(np.nanmax(np.concatenate([state.start, state.stop])))
         when = f"after {time:.4g} s at {describe(schedule, step - base)}"
     return (
-        f"rank {schedule.rank} runs out of memory {when}: {_gigabytes(sum(size for size, _ in held))} are needed, "
-        f"{device.name} has {_gigabytes(device.memory_bytes)}; alive are {largest}{more}. "
+        f"rank {schedule.rank} runs out of memory {when}: {_readable(sum(size for size, _ in held))} are needed, "
+        f"{device.name} has {_readable(device.memory_bytes)}; alive are {largest}{more}. "
         "Use more ranks, fewer tokens or another strategy"
     )
 
 
-def _gigabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.4g} GB"
+def _readable(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.4g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.4g} MB"
 
 
 def _spans(compiler: Compiler, state: State) -> list[Span]:

@@ -34,7 +34,7 @@ class Builder:
         """Run a kernel. names: of the results, by default those the kernel's label suggests."""
         specs = kernel.outputs(*(v.spec for v in inputs))
         if names is None:
-            names = [inputs[i].name.split("'")[0] if inputs else "value" for i in range(len(specs))]
+            names = [inputs[i].name if inputs else "value" for i in range(len(specs))]
         outputs = tuple(self._value(name, spec) for name, spec in zip(names, specs, strict=True))
         self._steps.append(Compute(kernel, tuple(v.name for v in inputs), outputs, stream))
         return outputs
@@ -94,6 +94,7 @@ class Builder:
         )
 
     def _value(self, name: str, spec: TensorSpec) -> Value:
+        name = name.split("'")[0]
         count = self._uses.get(name, 0)
         self._uses[name] = count + 1
         return Value(f"{name}'{count}" if count else name, spec)

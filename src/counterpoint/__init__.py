@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from counterpoint.runtime.attention import attention as attention
+    from counterpoint.runtime.relayout import relayout as relayout
     from counterpoint.schedule.timeline import Timeline as Timeline
     from counterpoint.strategies.sequence.layout import SequenceLayout as SequenceLayout
 
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "attention": "counterpoint.runtime.attention",
+    "relayout": "counterpoint.runtime.relayout",
     "SequenceLayout": "counterpoint.strategies.sequence.layout",
     "Timeline": "counterpoint.schedule.timeline",
 }
 
-__all__ = ["SequenceLayout", "Timeline", "__version__", "attention"]
+__all__ = ["SequenceLayout", "Timeline", "__version__", "attention", "relayout"]
 
 
 def __getattr__(name: str) -> Any:

@@ -121,7 +121,9 @@ def test_a_mesh_whose_connections_are_gone_says_so_at_once() -> None:
         started = time.monotonic()
         first, second = workers.run(attend_twice)
         assert time.monotonic() - started < TIMEOUT + 3
-        assert [x.split(":")[0] for x in first] == ["PeerFailure", "PeerFailure"] and first[0] == first[1], first
+        assert [x.split(":")[0] for x in first] == ["PeerFailure", "PeerFailure"] and first[0] == first[1], (
+            first
+        )
         assert second[0].startswith("IndexError") and second[1].startswith("RuntimeError"), second
         assert "closed when an earlier step failed" in second[1] and "\n" not in second[1]
     finally:

@@ -84,7 +84,9 @@ def test_another_channel_is_no_counterpart() -> None:
 def test_a_message_of_another_type(spec: TensorSpec) -> None:
     a, b = pair()
     wrong = edit(edit(b, Recv, outputs=(Value("came", spec),)), 3, kernel=Add(((0, 4),)))
-    text = refused([a, wrong], "rank 0, step 1", "sends message (float32[1, 4, 2, 8])", "rank 1 expects message")
+    text = refused(
+        [a, wrong], "rank 0, step 1", "sends message (float32[1, 4, 2, 8])", "rank 1 expects message"
+    )
     assert str(spec) in text and "step 2" in text
 
 
@@ -180,7 +182,9 @@ def test_an_output_that_nobody_defines() -> None:
 @pytest.mark.parametrize("name", ["x", "total"])
 def test_a_name_defined_twice(name: str) -> None:
     a, b = pair()
-    refused([a, edit(b, Recv, outputs=(Value(name, SPEC),))], "rank 1, step 2", f"defines {name!r} a second time")
+    refused(
+        [a, edit(b, Recv, outputs=(Value(name, SPEC),))], "rank 1, step 2", f"defines {name!r} a second time"
+    )
 
 
 def test_a_result_that_the_kernel_does_not_make() -> None:
@@ -220,7 +224,9 @@ def test_a_sum_written_while_it_is_sent() -> None:
         came = b.recv([SPEC], 1 - rank, "a", ["came"])[0]
         return b.finish({"sum": b.compute(ROWS, total, came)[0]})
 
-    refused([made(0), made(1)], "rank 0, step 3", "writes into 'total' while step 1 (a.send", "may still read it")
+    refused(
+        [made(0), made(1)], "rank 0, step 3", "writes into 'total' while step 1 (a.send", "may still read it"
+    )
 
 
 def test_a_sum_sent_after_it_was_written_is_legal() -> None:
@@ -237,7 +243,11 @@ def test_a_sum_sent_after_it_was_written_is_legal() -> None:
 @pytest.mark.parametrize("peer", [0, 2, -1])
 def test_a_peer_that_is_no_other_rank(peer: int) -> None:
     a, b = pair()
-    refused([edit(a, Send, to=peer), b], "rank 0, step 1", f"names rank {peer}; allowed are the other ranks below 2")
+    refused(
+        [edit(a, Send, to=peer), b],
+        "rank 0, step 1",
+        f"names rank {peer}; allowed are the other ranks below 2",
+    )
 
 
 def test_ranks_out_of_order() -> None:

@@ -20,8 +20,12 @@ from support.grid import STRATEGIES
 
 CASES = {
     **{name: Case((4,), name, heads=8, kv_heads=2, tokens=61) for name in STRATEGIES},
-    "window": Case((3,), "tokenring(packets=2)", heads=4, kv_heads=2, tokens=50, window=9, documents=(20, 30)),
-    "composed": Case((2, 2), "ulysses/ring(wire_dtype=bfloat16)", "tokenring(relay=false)/allgather", tokens=33),
+    "window": Case(
+        (3,), "tokenring(packets=2)", heads=4, kv_heads=2, tokens=50, window=9, documents=(20, 30)
+    ),
+    "composed": Case(
+        (2, 2), "ulysses/ring(wire_dtype=bfloat16)", "tokenring(relay=false)/allgather", tokens=33
+    ),
     "mixed dtype": Case((2,), "tokenring(wire_dtype=float32)", dtype="bfloat16"),
 }
 schedules = pytest.mark.parametrize("name", CASES)
@@ -49,7 +53,9 @@ def test_table_is_the_same_every_time_and_complete(name: str) -> None:
             assert [int(line.split()[0]) for line in numbered] == list(range(len(schedule.steps)))
             for step, line in zip(schedule.steps, numbered, strict=True):
                 assert step.stream in line and step.label() in line
-                assert all(n in line for n in step.reads) and all(f"{v.name} {v.spec}" in line for v in step.writes)
+                assert all(n in line for n in step.reads) and all(
+                    f"{v.name} {v.spec}" in line for v in step.writes
+                )
                 assert isinstance(step, Send | Recv | Collective) == line.endswith((" in", " out"))
             assert all(line == line.rstrip() for line in lines)
 
@@ -58,7 +64,9 @@ def test_the_wire_column_adds_up_to_the_bytes_sent() -> None:
     for made in Case((4,), "tokenring", tokens=61).schedules():
         for schedule in made:
             cells = [line.split() for line in table(schedule).splitlines() if line.endswith(" out")]
-            assert sum(int(cell[-2].replace(",", "")) for cell in cells) == sum(schedule.sent_bytes().values())
+            assert sum(int(cell[-2].replace(",", "")) for cell in cells) == sum(
+                schedule.sent_bytes().values()
+            )
 
 
 def test_one_changed_step_changes_one_line() -> None:
@@ -108,12 +116,16 @@ def test_a_schedule_is_read_where_no_strategy_was_imported(tmp_path: Path) -> No
     names = set()
     for case in ("rsa", "window", "composed"):
         schedules = [s for made in CASES[case].schedules() for s in made]
-        names |= {step["kernel"]["name"] for s in schedules for step in to_json(s)["steps"] if "kernel" in step}
+        names |= {
+            step["kernel"]["name"] for s in schedules for step in to_json(s)["steps"] if "kernel" in step
+        }
         (tmp_path / f"{case}.json").write_text(json.dumps([to_json(s) for s in schedules]))
     assert {"scores", "attend", "assemble"} <= names
     program = (
         "import json, sys; from counterpoint.schedule.store import from_json\n"
         "for path in sys.argv[1:]: [from_json(s) for s in json.load(open(path))]"
     )
-    done = subprocess.run([sys.executable, "-c", program, *tmp_path.glob("*.json")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *tmp_path.glob("*.json")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -160,6 +160,13 @@ class Ranks:
         assert self.network.idle(), "messages were left over"
         return [future.result() for future in futures]
 
+    def close(self) -> None:
+        """End the threads."""
+        for executor in self.executors:
+            if executor._threads is not None:
+                executor._threads.shutdown(wait=False)
+        self.threads.shutdown(wait=False)
+
 
 _kept: dict[int, Ranks] = {}
 

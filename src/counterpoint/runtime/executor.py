@@ -49,7 +49,8 @@ class Executor:
         run = _Run(self, schedule, inputs, timeline)
         others = [stream for stream in schedule.streams if stream != "compute"]
         if others and self._threads is None:
-            self._threads = ThreadPoolExecutor(64, thread_name_prefix="counterpoint")
+            # Made as streams need them. A stream that found no free thread could be the one all others wait for.
+            self._threads = ThreadPoolExecutor(1 << 14, thread_name_prefix="counterpoint")
         # Receives first: gloo announces a posted receive on the connection that a send would fill.
         others.sort(key=lambda stream: not stream.endswith(".recv"))
         futures = [self._threads.submit(run.stream, stream) for stream in others] if self._threads else []

@@ -1,0 +1,317 @@
+"""Runs attention on a scale model of a cluster, and sets what is measured beside what is simulated."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from counterpoint.cluster.cluster import Cluster
+from counterpoint.emulation import network
+from counterpoint.emulation.namespaces import Namespaces
+from counterpoint.emulation.scale import (
+    LINK_BYTES_PER_SECOND,
+    PASS_SECONDS,
+    Scale,
+    bytes_by_pair,
+    choose_rates,
+    pair_rates,
+    same_steps,
+    scaled_cluster,
+    shrunk,
+    step_seconds,
+)
+from counterpoint.emulation.topology import build_topology
+from counterpoint.emulation.worker import Job, Pass
+from counterpoint.schedule.schedule import Schedule
+from counterpoint.schedule.timeline import Timeline
+from counterpoint.simulator.simulate import simulate
+from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, forward_schedule
+
+Compute = Literal["timed", "real"]
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """One pass: what was measured on the scale model (all repetitions, s), and what was simulated (s).
+
+    timelines: of the repetition in the middle, and of the scale model's simulation.
+    """
+
+    which: Pass
+    measured: tuple[float, ...]
+    simulated: float
+    real: float
+    sent_bytes: int
+    sent_bytes_expected: int
+    measured_timeline: Timeline
+    simulated_timeline: Timeline
+    real_timeline: Timeline
+
+    @property
+    def seconds(self) -> float:
+        return median(self.measured)
+
+    @property
+    def error(self) -> float:
+        """Measured over simulated, less one."""
+        return self.seconds / self.simulated - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Emulation:
+    """A run on a scale model. problem: what ran on it; target: what it stands for."""
+
+    cluster: Cluster
+    target: AttentionProblem
+    problem: AttentionProblem
+    compute: Compute
+    scale: Scale
+    latency_seconds: float
+    passes: tuple[PassResult, ...]
+    wires: int
+    worst_difference: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+def emulate(
+    cluster: Cluster,
+    problem: AttentionProblem,
+    *,
+    passes: Sequence[Pass] = ("forward",),
+    compute: Compute = "timed",
+    slowdown: float | None = None,
+    repetitions: int = 3,
+    environ: Mapping[str, str],
+    say: Callable[[str], None] = lambda _: None,
+) -> Emulation:
+    """Run a problem on a scale model of the first ranks of a cluster, and simulate both.
+
+    slowdown: how many times slower than the cluster (default: as this machine can). environ: for the workers.
+
+    Raises:
+        ValueError: more ranks than the cluster has or the scale model takes, a slowdown this machine cannot follow,
+            a cluster without a figure that is needed; Unsupported (a ValueError): no rights or no kernel support.
+        WorkerFailure: a rank failed.
+    """
+    world_size = problem.layout.world_size
+    cluster = cluster.subset(world_size)
+    if not 2 <= world_size <= network.MOST_RANKS:
+        raise ValueError(f"a scale model has 2 to {network.MOST_RANKS} ranks; {world_size} were asked for")
+    target = {which: _schedules(problem, which) for which in passes}
+    real = {which: simulate(target[which], cluster) for which in passes}
+    everything = [s for which in passes for s in target[which]]
+    longest = max(t.seconds for t in real.values())
+    if compute == "timed":
+        small, scale = _timed_scale(cluster, problem, passes, target, everything, longest, slowdown)
+        seconds = {
+            which: [[t * scale.slowdown for t in step_seconds(cluster, s)] for s in target[which]]
+            for which in passes
+        }
+    else:
+        from counterpoint.emulation.real import real_scale
+
+        say("measuring what the kernels take on this machine")
+        small, scale, seconds = real_scale(cluster, problem, passes, target, slowdown)
+    schedules = {which: _schedules(small, which) for which in passes}
+    rates = {pair: rate / scale.rates for pair, rate in pair_rates(cluster, everything).items()}
+    model = scaled_cluster(cluster, scale, 0.0)
+    topology = build_topology(model, rates)
+    say(f"building {world_size} namespaces and {len(topology.wires)} links")
+    with _stoppable(), tempfile.TemporaryDirectory(prefix="counterpoint-") as directory:
+        with Namespaces(world_size + 1) as namespaces:
+            network.set_up(namespaces, topology)
+            job = Job(
+                small,
+                tuple(passes),
+                tuple(namespaces.path(rank) for rank in range(world_size)),
+                seconds if compute == "timed" else {},
+                repetitions,
+                directory,
+                timeout=60.0 + 10 * longest * scale.slowdown,
+            )
+            say(f"running {world_size} ranks")
+            _launch(job, environ)
+        latency = _latency(job)
+        model = scaled_cluster(cluster, scale, latency)
+        results = tuple(
+            _result(job, which, schedules[which], seconds[which], target[which], model, real[which], scale)
+            for which in passes
+        )
+        difference = None
+        if compute == "real":
+            from counterpoint.emulation.real import worst_difference
+
+            difference = worst_difference(job)
+    return Emulation(
+        cluster, problem, small, compute, scale, latency, results, len(topology.wires), difference
+    )
+
+
+def _timed_scale(
+    cluster: Cluster,
+    problem: AttentionProblem,
+    passes: Sequence[Pass],
+    target: Mapping[Pass, list[Schedule]],
+    everything: list[Schedule],
+    longest: float,
+    slowdown: float | None,
+) -> tuple[AttentionProblem, Scale]:
+    """A shorter sequence and a slowdown that together bring the rates to what this machine carries."""
+    rates = choose_rates(cluster, everything, longest)
+    wanted = slowdown or min(rates, PASS_SECONDS / longest)
+    small = shrunk(problem, max(1.0, rates / wanted))
+    if any(not same_steps(target[which], _schedules(small, which)) for which in passes):
+        small = problem
+    sent = sum(sum(bytes_by_pair(target[which]).values()) for which in passes)
+    sent_small = sum(sum(bytes_by_pair(_schedules(small, which)).values()) for which in passes)
+    shrink = sent / sent_small if sent_small else 1.0
+    scale = Scale(slowdown or rates / shrink, shrink)
+    if scale.rates < rates / 4:
+        fastest = LINK_BYTES_PER_SECOND * rates / scale.rates
+        raise ValueError(
+            f"a factor of {scale.slowdown:g} leaves links of {fastest / 1e6:.0f} MB/s, more than this machine can "
+            f"imitate; use a factor of {rates / shrink:.3g} or more"
+        )
+    return small, scale
+
+
+def _schedules(problem: AttentionProblem, which: Pass) -> list[Schedule]:
+    write = forward_schedule if which == "forward" else backward_schedule
+    return [write(problem, rank) for rank in range(problem.layout.world_size)]
+
+
+def _launch(job: Job, environ: Mapping[str, str]) -> None:
+    from counterpoint.training.launch import launch
+
+    # the only address of a rank's loopback device is the one under which its peers know it
+    environ = {**environ, "GLOO_SOCKET_IFNAME": "lo"}
+    arguments = ["-m", "counterpoint", "emulate-worker", str(job.write())]
+    code = launch(arguments, job.problem.layout.world_size, environ)
+    if code:
+        raise SystemExit(code)
+
+
+def _latency(job: Job) -> float:
+    """Median one-way latency (s) over all pairs of ranks."""
+    found: list[float] = []
+    for rank in range(job.problem.layout.world_size):
+        found += json.loads(job.latency_file(rank).read_text()).values()
+    return median(found)
+
+
+def _result(
+    job: Job,
+    which: Pass,
+    schedules: list[Schedule],
+    seconds: list[list[float]],
+    target: list[Schedule],
+    model: Cluster,
+    real: Timeline,
+    scale: Scale,
+) -> PassResult:
+    from counterpoint.emulation.held import hold
+
+    held = [hold(s, t) for s, t in zip(schedules, seconds, strict=True)]
+    simulated = simulate(held, model)
+    ranks = range(job.problem.layout.world_size)
+    runs = [
+        Timeline.merge(Timeline.read(job.timeline_file(which, repetition, rank)) for rank in ranks).shifted()
+        for repetition in range(1, job.repetitions + 1)
+    ]
+    runs.sort(key=lambda run: run.seconds)
+    middle = runs[len(runs) // 2]
+    middle.meta = {
+        "schedule": schedules[0].name,
+        "slowdown": scale.slowdown,
+        "bytes divided by": scale.shrink,
+        "tokens": job.problem.layout.tokens,
+    }
+    sent = middle.bytes_by_link()
+    assert sent == simulated.bytes_by_link(), "measured and simulated bytes differ"
+    return PassResult(
+        which,
+        tuple(run.seconds for run in runs),
+        simulated.seconds,
+        real.seconds,
+        sum(sent.values()),
+        sum(bytes_by_pair(target).values()),
+        middle,
+        replace_meta(simulated, middle.meta),
+        real,
+    )
+
+
+def replace_meta(timeline: Timeline, meta: dict[str, Any]) -> Timeline:
+    return replace(timeline, meta={**timeline.meta, **meta})
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Turns stop signals into SystemExit, so that everything is taken down on the way out; a second one is ignored."""
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stopping = False
+
+    def stop(number: int, _: Any) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise SystemExit(128 + number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    old = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        stopping = True
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def write_json(emulation: Emulation, path: Path) -> None:
+    path.write_text(json.dumps(to_json(emulation), indent=1) + "\n")
+
+
+def to_json(emulation: Emulation) -> dict[str, Any]:
+    """The figures of a run as plain JSON values."""
+    e = emulation
+    return {
+        "cluster": e.cluster.name,
+        "ranks": e.cluster.world_size,
+        "compute": e.compute,
+        "strategy": {
+            "forward": "/".join(map(str, e.target.forward)),
+            "backward": "/".join(map(str, e.target.backward)),
+        },
+        "tokens": e.target.layout.tokens,
+        "tokens_on_scale_model": e.problem.layout.tokens,
+        "slowdown": e.scale.slowdown,
+        "bytes_divided_by": e.scale.shrink,
+        "rates_divided_by": e.scale.rates,
+        "latency_seconds": e.latency_seconds,
+        "links": e.wires,
+        "worst_difference": e.worst_difference,
+        "passes": {
+            p.which: {
+                "measured_seconds": p.seconds,
+                "measured_all_seconds": list(p.measured),
+                "simulated_seconds": p.simulated,
+                "error": p.error,
+                "cluster_simulated_seconds": p.real,
+                "cluster_measured_seconds": p.seconds / e.scale.slowdown,
+                "sent_bytes": p.sent_bytes,
+                "cluster_sent_bytes": p.sent_bytes_expected,
+            }
+            for p in e.passes
+        },
+    }

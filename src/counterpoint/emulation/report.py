@@ -1,0 +1,102 @@
+"""What a run on a scale model showed, as a table, a page and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from counterpoint.emulation.emulate import Emulation, PassResult, to_json
+from counterpoint.report.page import write_report
+from counterpoint.report.sections import Section, Table
+from counterpoint.report.units import format_seconds
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+COLUMNS = ("pass", "on", "measured", "simulated", "difference", "bytes sent")
+
+
+def rows(emulation: Emulation) -> list[tuple[str, ...]]:
+    """Cells of the table: for every pass the scale model, and the cluster that it stands for."""
+    found = []
+    for p in emulation.passes:
+        spread = f" ({format_seconds(min(p.measured))} to {format_seconds(max(p.measured))})"
+        found.append(
+            (
+                p.which,
+                "scale model",
+                format_seconds(p.seconds) + spread,
+                format_seconds(p.simulated),
+                f"{p.error:+.1%}",
+                f"{p.sent_bytes:,}",
+            )
+        )
+        as_real = p.seconds / emulation.scale.slowdown
+        found.append(
+            (
+                "",
+                emulation.cluster.name,
+                f"{format_seconds(as_real)} (measured / {emulation.scale.slowdown:.4g})",
+                format_seconds(p.real),
+                f"{as_real / p.real - 1:+.1%}",
+                f"{p.sent_bytes_expected:,}",
+            )
+        )
+    return found
+
+
+def summary(emulation: Emulation) -> str:
+    """How the scale model was made, in a few sentences."""
+    e = emulation
+    compute = (
+        "kernels are held for their time on the cluster's device"
+        if e.compute == "timed"
+        else "kernels compute on this machine"
+    )
+    text = (
+        f"{e.cluster.world_size} ranks, {e.wires} links of {len(e.cluster.levels)} levels; {compute}. Everything "
+        f"takes {e.scale.slowdown:.4g} times as long as on the cluster, over {e.problem.layout.tokens:,} tokens "
+        f"that stand for {e.target.layout.tokens:,}; so rates are divided by {e.scale.rates:.4g}. Links have this "
+        f"machine's own latency of {e.latency_seconds * 1e3:.2f} ms, which the simulation of the scale model uses."
+    )
+    if e.worst_difference is not None:
+        text += f" Results differ from one process by {e.worst_difference:.1e} relative."
+    return text
+
+
+def emulation_table(emulation: Emulation) -> RichTable:
+    from rich.table import Table as RichTable
+
+    e = emulation
+    strategies = "/".join(map(str, e.target.forward))
+    table = RichTable(title=f"{strategies} on {e.cluster.name}", caption=summary(e), title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("pass", "on") else "right")
+    for row in rows(e):
+        table.add_row(*row)
+    return table
+
+
+def write_directory(emulation: Emulation, directory: Path) -> Path:
+    """Write the page with measured and simulated side by side, the timelines and the figures; returns the page."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "emulation.json").write_text(json.dumps(to_json(emulation), indent=1) + "\n")
+    pages = [_write_pass(emulation, p, directory) for p in emulation.passes]
+    return pages[0]
+
+
+def _write_pass(emulation: Emulation, result: PassResult, directory: Path) -> Path:
+    name = result.which
+    result.measured_timeline.write(directory / f"{name}-measured.json")
+    result.simulated_timeline.write(directory / f"{name}-simulated.json")
+    result.real_timeline.write(directory / f"{name}-cluster.json")
+    section = Section(
+        "Scale model", summary(emulation), Table(COLUMNS, rows(emulation)), before_timelines=True
+    )
+    return write_report(
+        directory / ("report.html" if len(emulation.passes) == 1 else f"report-{name}.html"),
+        {"simulated": result.simulated_timeline, "measured": result.measured_timeline},
+        title=f"{name} {'/'.join(map(str, emulation.target.forward))} on a scale model of {emulation.cluster.name}",
+        sections=[section],
+    )

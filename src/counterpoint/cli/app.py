@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from counterpoint.cli.calibrate import calibrate
 from counterpoint.cli.cluster import cluster
 from counterpoint.cli.demo import demo
+from counterpoint.cli.emulate import emulate, emulate_worker
 from counterpoint.cli.export import export
 from counterpoint.cli.generate import generate
 from counterpoint.cli.report import report
@@ -49,4 +51,7 @@ app.command("verify-worker", hidden=True)(verify_worker)
 app.command()(schedule)
 app.command()(report)
 app.add_typer(cluster, name="cluster")
+app.command()(calibrate)
 app.command()(demo)
+app.command()(emulate)
+app.command("emulate-worker", hidden=True)(emulate_worker)

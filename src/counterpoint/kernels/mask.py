@@ -120,9 +120,9 @@ class AttentionMask:
             return list(sets)
         found: dict[int, int] = {}
         for tokens in sets:
-            for document, ends in _ends(self, tokens):
-                position = extreme(ends)
-                found[document] = extreme(found.get(document, position), position)
+            for document, ends in _ends(self, tokens) if len(self.starts) > 1 else [(0, tokens.ends)]:
+                if ends:
+                    found[document] = extreme(*ends, found.get(document, ends[0]))
         return [Tokens((Run(position, 1),)) for position in found.values()]
 
     def seeing(self, q: Tokens, keys: Iterable[Tokens]) -> Tokens:
@@ -131,7 +131,7 @@ class AttentionMask:
 
 
 @lru_cache(maxsize=65536)
-def _ends(mask: AttentionMask, tokens: Tokens) -> tuple[tuple[int, tuple[int, int]], ...]:
+def _ends(mask: AttentionMask, tokens: Tokens) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """For every document that the tokens touch, their first and last position in it."""
     ends: dict[int, tuple[int, int]] = {}
     for piece in split_at(tokens, mask.starts):

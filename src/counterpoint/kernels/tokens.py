@@ -56,6 +56,18 @@ class Tokens:
     def count(self) -> int:
         return sum(run.count for run in self.runs)
 
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The lowest and the highest position; nothing when there are no tokens."""
+        return (min(run.start for run in self.runs), max(run.last for run in self.runs)) if self.runs else ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.runs)
+
     def __bool__(self) -> bool:
         return bool(self.runs)
 
@@ -65,6 +77,10 @@ class Tokens:
         for run in self.runs:
             yield index, run
             index += run.count
+
+    def shifted(self, by: int) -> Tokens:
+        """The same tokens `by` positions further on."""
+        return Tokens(tuple(Run(run.start + by, run.count, run.step) for run in self.runs))
 
     def positions(self) -> list[int]:
         return [p for run in self.runs for p in range(run.start, run.last + 1, run.step)]

@@ -12,11 +12,12 @@ import numpy as np
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.schedule.check import check_messages
-from counterpoint.schedule.schedule import Collective, Compute, Copy, Recv, Schedule, Send
+from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, Send
 from counterpoint.simulator.cost import kernel_cost
 from counterpoint.simulator.fold import Symmetry
+from counterpoint.simulator.meetings import Meeting, Message, meet
 from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, TIMED, Array, Program, lists
-from counterpoint.simulator.routes import DEVICE, Routes
+from counterpoint.simulator.routes import DEVICE, Asymmetric, Routes
 
 Collectives = Literal["direct", "measured"]
 Key = tuple[int, int, str]  # source as the receiver sees it, the rank that stands for the receiver, channel
@@ -35,17 +36,6 @@ class Lists:
         self.items.append(item)
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A matched message between steps."""
-
-    sender: int
-    receiver: int
-    nbytes: int
-    source: int  # ranks
-    destination: int
-
-
 class Compiler:
     """Collects the arrays of a program, schedule by schedule.
 
@@ -54,7 +44,8 @@ class Compiler:
 
     def __init__(self, cluster: Cluster, places: Sequence[int], symmetry: Symmetry) -> None:
         self.cluster, self.places, self.symmetry = cluster, places, symmetry
-        self.routes = Routes(cluster, places, symmetry)
+        self.joint = symmetry  # what schedules and cluster have in common; known after `finish`
+        self.turns: list[tuple[int, ...]] = []  # from the ranks of the schedules to all that the program has
         self.schedules: list[Schedule] = []
         self.bases: list[int] = []  # number of a schedule's first step
         self.rank: list[int] = []
@@ -66,14 +57,11 @@ class Compiler:
         self.flops: list[int] = []
         self.wire: list[int] = []
         self.successors, self.reads, self.makes = Lists(), Lists(), Lists()
-        self.outgoing, self.incoming = Lists(), Lists()
         self.first: list[int] = []
         self.depth: list[int] = []
         self.names: list[str] = []
         self._buffers: list[tuple[int, int, bool, int, bool]] = []  # bytes, readers, kept, source, fast
-        self._flows: list[
-            tuple[int, int, int, int, float, float]
-        ] = []  # sender, receiver, bytes, route, latency, limit
+        self._copied: list[tuple[int, int, int, str, str]] = []  # step, bytes, rank, tiers from and to
         self._sent: dict[Key, list[End]] = defaultdict(list)
         self._received: dict[Key, list[End]] = defaultdict(list)
         self._destination: dict[Key, int] = {}
@@ -125,7 +113,7 @@ class Compiler:
                     self._receive(number, schedule.rank, source, step.channel, received)
             else:
                 kind, where = COPY, DEVICE if step.tier == device.memory[0].name else step.tier
-                self._copy(number, schedule.rank, step, tier[step.input], where)
+                self._copied.append((number, step.output.nbytes, schedule.rank, tier[step.input], where))
             self.kind[number] = kind
             for value in step.writes:
                 maker[value.name], tier[value.name] = number, where
@@ -134,54 +122,126 @@ class Compiler:
                     self.makes.add(number, buffer[value.name])
 
     def finish(self, collectives: Collectives) -> Program:
-        """The program of all schedules that were added. Raises ScheduleError for a message without counterpart."""
+        """The program of all schedules that were added. Raises ScheduleError for a message without counterpart.
+
+        Where the cluster has less symmetry than the schedules, the program holds a copy of the schedules for every
+        rank that the cluster tells apart.
+        """
         messages = self._match()
-        meetings: list[tuple[list[int], float]] = []
+        routes = self._routes({(m.source, m.destination) for m in messages})
+        messages = self._turned(messages)
+        meetings: list[Meeting] = []
         if collectives == "measured":
-            messages, meetings = self._meet(messages)
+            messages, meetings = meet(messages, self._collective, self.cluster, self.places)
+        flows, outgoing, incoming = [], Lists(), Lists()
         for m in messages:
-            route, latency, limit = self.routes.message(m.source, m.destination, m.nbytes)
-            self.incoming.add(m.receiver, len(self._flows))
-            self.outgoing.add(m.sender, len(self._flows))
-            self._flows.append((m.sender, m.receiver, m.nbytes, route, latency, limit))
-        slots = self._slots()
+            incoming.add(m.receiver, len(flows))
+            outgoing.add(m.sender, len(flows))
+            flows.append((m.sender, m.receiver, m.nbytes, *routes.message(m.source, m.destination, m.nbytes)))
+        for c, turn in enumerate(self.turns):
+            for step, nbytes, rank, source, target in self._copied:
+                outgoing.add(step + c * len(self.rank), len(flows))
+                way = routes.copy(self.symmetry.turned(rank, turn), source, target, nbytes)
+                flows.append((step + c * len(self.rank), -1, nbytes, *way))
+        slots = self._slots(outgoing)
         for i, (members, _) in enumerate(meetings):
             for step in members:
-                self.kind[step] = MEETING
-                self.outgoing.add(step, i)
-        self.routes.check_devices()
-        return self._program(meetings, slots)
+                outgoing.add(step, i)
+        return self._program(routes, flows, outgoing, incoming, meetings, slots)
 
-    def _program(self, meetings: list[tuple[list[int], float]], slots: int) -> Program:
-        n = len(self.rank)
-        size, readers, kept, source, fast = _columns(self._buffers, 5)
-        sender, receiver, nbytes, route, latency, limit = _columns(self._flows, 6)
-        successors_at, successors = lists(self.successors.owners, self.successors.items, n)
-        reads_at, reads = lists(self.reads.owners, self.reads.items, n)
-        makes_at, makes = lists(self.makes.owners, self.makes.items, n)
-        outgoing_at, outgoing = lists(self.outgoing.owners, self.outgoing.items, n)
-        incoming_at, incoming = lists(self.incoming.owners, self.incoming.items, n)
-        route_at, route_resources, route_weights, capacity = self.routes.arrays()
+    def place(self, index: int) -> tuple[int, int, int]:
+        """(schedule, rank, first step) of the rank with this index in the program."""
+        turn, schedule = divmod(index, len(self.schedules))
+        rank = self.symmetry.turned(self.schedules[schedule].rank, self.turns[turn])
+        return schedule, rank, self.bases[schedule] + turn * len(self.rank)
+
+    def _routes(self, pairs: set[tuple[int, int]]) -> Routes:
+        """Routes under the strongest symmetry that schedules and cluster share; sets `joint` and `turns`."""
+        for joint in self.symmetry.weaker():
+            turns = self.symmetry.copies(joint)
+            try:
+                routes = Routes(self.cluster, self.places, joint)
+                for source, destination in sorted(pairs):
+                    for turn in turns:
+                        routes.pair(
+                            self.symmetry.turned(source, turn), self.symmetry.turned(destination, turn)
+                        )
+                routes.arrays()
+            except Asymmetric:
+                continue
+            self.joint, self.turns = joint, turns
+            return routes
+        raise AssertionError("a rank that stands only for itself fits every cluster")
+
+    def _turned(self, messages: list[Message]) -> list[Message]:
+        """The messages of all copies of the schedules."""
+        if len(self.turns) == 1:
+            return messages
+        number = {turn: i for i, turn in enumerate(self.turns)}
+        steps, turned = len(self.rank), []
+        ends: dict[tuple[int, int, int], tuple[int, int, int]] = {}
+        for c, turn in enumerate(self.turns):
+            for m in messages:
+                key = (m.source, m.destination, c)
+                if key not in ends:
+                    to = self.symmetry.turned(m.destination, turn)
+                    other = number[self.symmetry.copy_of(self.joint.representative(to))]
+                    ends[key] = (self.symmetry.turned(m.source, turn), to, other)
+                source, to, other = ends[key]
+                turned.append(Message(m.sender + c * steps, m.receiver + other * steps, m.nbytes, source, to))
+        return turned
+
+    def _program(
+        self,
+        routes: Routes,
+        flows: list[tuple],
+        outgoing: Lists,
+        incoming: Lists,
+        meetings: list[Meeting],
+        slots: int,
+    ) -> Program:
+        copies, n = len(self.turns), len(self.rank)
+
+        def tiled(column: Sequence, offset: int = 0) -> Array:
+            """The column for every copy; what is not negative counts from that copy's `offset` on."""
+            whole = np.tile(np.array(column, np.int64), copies)
+            whole[whole >= 0] += np.repeat(np.arange(copies) * offset, len(column))[whole >= 0]
+            return whole
+
+        def many(each: Lists, offset: int) -> tuple[Array, Array]:
+            return lists(tiled(each.owners, n), tiled(each.items, offset), n * copies)
+
+        size, readers, kept, filled, fast = _columns(self._buffers, 5)
+        sender, receiver, nbytes, route, latency, limit = _columns(flows, 6)
+        successors_at, successors = many(self.successors, n)
+        reads_at, reads = many(self.reads, len(size))
+        makes_at, makes = many(self.makes, len(size))
+        outgoing_at, outgoing_items = lists(outgoing.owners, outgoing.items, n * copies)
+        incoming_at, incoming_items = lists(incoming.owners, incoming.items, n * copies)
+        route_at, route_resources, route_weights, capacity = routes.arrays()
         members = [(i, step) for i, (steps, _) in enumerate(meetings) for step in steps]
         meeting_at, meeting_steps = lists(
             [i for i, _ in members], [step for _, step in members], len(meetings)
         )
-        devices = [self.cluster.device(self.places[s.rank]) for s in self.schedules]
+        kind = tiled(self.kind)
+        kind[meeting_steps] = MEETING
+        ranks = [self.place(i)[1] for i in range(copies * len(self.schedules))]
         return Program(
-            rank=_ints(self.rank), kind=_ints(self.kind), stream=_ints(self.stream),
-            following=_ints(self.following), seconds=np.array(self.seconds, np.float64), waits=_ints(self.waits),
-            successors_at=successors_at, successors=successors, reads_at=reads_at, reads=reads,
-            makes_at=makes_at, makes=makes, outgoing_at=outgoing_at, outgoing=outgoing,
-            incoming_at=incoming_at, incoming=incoming, first=_ints(self.first), depth=_ints(self.depth),
-            buffer_bytes=_ints(size), buffer_readers=_ints(readers), buffer_kept=np.array(kept, np.bool_),
-            buffer_source=_ints(source), buffer_fast=np.array(fast, np.bool_),
+            rank=tiled(self.rank, len(self.schedules)), kind=kind, stream=tiled(self.stream, len(self.first)),
+            following=tiled(self.following, n), seconds=np.tile(np.array(self.seconds, np.float64), copies),
+            waits=tiled(self.waits), successors_at=successors_at, successors=successors,
+            reads_at=reads_at, reads=reads, makes_at=makes_at, makes=makes,
+            outgoing_at=outgoing_at, outgoing=outgoing_items, incoming_at=incoming_at, incoming=incoming_items,
+            first=tiled(self.first, n), depth=tiled(self.depth),
+            buffer_bytes=tiled(size), buffer_readers=tiled(readers), buffer_kept=tiled(kept).astype(np.bool_),
+            buffer_source=tiled(filled, n), buffer_fast=tiled(fast).astype(np.bool_),
             message_sender=_ints(sender), message_receiver=_ints(receiver), message_bytes=_ints(nbytes),
             message_latency=np.array(latency, np.float64), message_limit=np.array(limit, np.float64),
             message_route=_ints(route), route_at=route_at, route_resources=route_resources,
             route_weights=route_weights, capacity=capacity, meeting_at=meeting_at, meeting_steps=meeting_steps,
             meeting_members=np.diff(meeting_at), meeting_seconds=np.array([t for _, t in meetings], np.float64),
-            live=_ints([sum(v.nbytes for v in s.inputs) for s in self.schedules]),
-            limit=_ints([device.memory_bytes for device in devices]), slots=slots,
+            live=tiled([sum(v.nbytes for v in s.inputs) for s in self.schedules]),
+            limit=_ints([self.cluster.device(self.places[rank]).memory_bytes for rank in ranks]), slots=slots,
         )  # fmt: skip
 
     def _add_streams(self, schedule: Schedule, base: int) -> None:
@@ -219,19 +279,13 @@ class Compiler:
     def _receive(self, step: int, rank: int, source: int, channel: str, nbytes: int) -> None:
         self._received[source, rank, channel].append((step, nbytes))
 
-    def _copy(self, number: int, rank: int, step: Copy, source: str, target: str) -> None:
-        nbytes = step.output.nbytes
-        route, latency, limit = self.routes.copy(rank, source, target, nbytes)
-        self.outgoing.add(number, len(self._flows))
-        self._flows.append((number, -1, nbytes, route, latency, limit))
-
     def _match(self) -> list[Message]:
         """The n-th message from one rank to another on a channel meets the n-th receive."""
         messages = []
         for key in self._sent.keys() | self._received.keys():
             sent, received = self._sent.get(key, []), self._received.get(key, [])
             if [n for _, n in sent] != [n for _, n in received]:
-                if not self.symmetry.axes:
+                if not self.symmetry.folded:
                     check_messages(self.schedules)
                 raise ValueError(
                     f"rank {key[1]} does not receive on {key[2]} what ranks send that lie to it as rank {key[0]} does: "
@@ -245,51 +299,20 @@ class Compiler:
                 messages.append(Message(sender, receiver, nbytes, source, destination))
         return messages
 
-    def _meet(self, messages: list[Message]) -> tuple[list[Message], list[tuple[list[int], float]]]:
-        """Collectives whose time the cluster has measured: they happen when all who exchange messages have come.
-
-        Returns the other messages; and the steps and the time (s) of every such collective.
-        """
-        group: dict[int, int] = {}  # a step to one that is closer to the group's root
-
-        def root(step: int) -> int:
-            while group.setdefault(step, step) != step:
-                step = group[step]
-            return step
-
-        joined = [m for m in messages if self._collective(m.sender) and self._collective(m.receiver)]
-        for m in joined:
-            a, b = sorted((root(m.sender), root(m.receiver)))
-            group[b] = a
-        members: dict[int, list[int]] = defaultdict(list)
-        for step in sorted(group):
-            members[root(step)].append(step)
-        meetings: dict[int, tuple[list[int], float]] = {}
-        for first, steps in members.items():
-            exchanges = [(self._collective(step), self.schedules[self.rank[step]].rank) for step in steps]
-            ranks = [{rank, *(p for p, _ in (*c.sends, *c.recvs))} for c, rank in exchanges if c]
-            places = [self.places[rank] for rank in max(ranks, key=len)]
-            kind = exchanges[0][0]
-            assert kind is not None
-            seconds = self.cluster.collective_seconds(
-                kind.kind, places, max(self.wire[step] for step in steps)
-            )
-            if seconds is not None:
-                meetings[first] = (steps, seconds)
-        left = [m for m in messages if m.sender not in group or root(m.sender) not in meetings]
-        return left, list(meetings.values())
-
     def _collective(self, number: int) -> Collective | None:
+        number %= len(self.rank)
         rank = self.rank[number]
         step = self.schedules[rank].steps[number - self.bases[rank]]
         return step if isinstance(step, Collective) else None
 
-    def _slots(self) -> int:
+    def _slots(self, outgoing: Lists) -> int:
         """How many flows may be under way at a time: those of one step of every stream."""
         flows, most = defaultdict(int), defaultdict(int)
-        for step in self.outgoing.owners:
+        for step in outgoing.owners:
             flows[step] += 1
-            most[self.stream[step]] = max(most[self.stream[step]], flows[step])
+            copy, number = divmod(step, len(self.rank))
+            stream = (copy, self.stream[number])
+            most[stream] = max(most[stream], flows[step])
         return sum(most.values()) + 1
 
 

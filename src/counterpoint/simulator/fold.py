@@ -8,7 +8,7 @@ to another rank is received by the one that stands for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -18,31 +18,39 @@ from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, 
 
 @dataclass(frozen=True, slots=True)
 class Symmetry:
-    """The mesh, numbered row by row, looks the same to ranks that differ only in their places along `axes`.
+    """A mesh, numbered row by row, that looks the same to ranks which lie whole strides apart.
 
-    No axes: every rank stands for itself.
+    strides: per axis a divisor of its size; 1 where all places are alike, the size where none are. The ranks at the
+    first `stride` places of every axis stand for the others. No strides: every rank stands for itself.
     """
 
     mesh: tuple[int, ...]
-    axes: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.strides:
+            object.__setattr__(self, "strides", self.mesh)
+        pairs = zip(self.mesh, self.strides, strict=False)
+        if len(self.mesh) != len(self.strides) or any(stride < 1 or size % stride for size, stride in pairs):
+            raise ValueError(f"strides {self.strides} do not divide the axes of the mesh {self.mesh}")
 
     @property
     def world_size(self) -> int:
         return prod(self.mesh)
 
     @property
-    def size(self) -> int:
-        """How many ranks one stands for."""
-        return prod(self.mesh[axis] for axis in self.axes)
+    def folded(self) -> bool:
+        return self.strides != self.mesh
 
     def representatives(self) -> list[int]:
-        """The ranks that are simulated: those at place 0 of every folded axis."""
-        places = (range(1 if axis in self.axes else size) for axis, size in enumerate(self.mesh))
-        return [self._rank(at) for at in product(*places)]
+        """The ranks that stand for all, in ascending order."""
+        return [self._rank(at) for at in product(*map(range, self.strides))]
 
     def turns(self) -> Iterator[tuple[int, ...]]:
-        """All ways to turn the mesh, by places along every axis; the first one leaves it as it is."""
-        return product(*(range(size if axis in self.axes else 1) for axis, size in enumerate(self.mesh)))
+        """All ways to turn the mesh without a visible change; the first one leaves it as it is."""
+        return product(
+            *(range(0, size, stride) for size, stride in zip(self.mesh, self.strides, strict=True))
+        )
 
     def turned(self, rank: int, turn: Sequence[int]) -> int:
         """Where a rank comes to lie."""
@@ -50,14 +58,32 @@ class Symmetry:
 
     def seen_from(self, rank: int, peer: int) -> int:
         """The rank that lies to the rank standing for `rank` as `peer` lies to `rank`."""
-        if not self.axes:
+        if not self.folded:
             return peer
-        own = self._places(rank)
-        return self.turned(peer, [-own[axis] if axis in self.axes else 0 for axis in range(len(self.mesh))])
+        return self.turned(
+            peer, [-(a // n * n) for a, n in zip(self._places(rank), self.strides, strict=True)]
+        )
 
     def representative(self, rank: int) -> int:
         """The rank that stands for this one."""
         return self.seen_from(rank, rank)
+
+    def weaker(self) -> Iterator[Symmetry]:
+        """This symmetry and all that it contains, those that fold most first."""
+        choices = (
+            [n for n in range(stride, size + 1) if size % n == 0 and n % stride == 0]
+            for size, stride in zip(self.mesh, self.strides, strict=True)
+        )
+        yield from (Symmetry(self.mesh, strides) for strides in sorted(product(*choices), key=prod))
+
+    def copies(self, weaker: Symmetry) -> list[tuple[int, ...]]:
+        """The turns that lead from this symmetry's representatives to those of a weaker one."""
+        pairs = zip(weaker.strides, self.strides, strict=True)
+        return list(product(*(range(0, stop, stride) for stop, stride in pairs)))
+
+    def copy_of(self, rank: int) -> tuple[int, ...]:
+        """The turn that leads from the representative to this rank."""
+        return tuple(a // n * n for a, n in zip(self._places(rank), self.strides, strict=True))
 
     def _places(self, rank: int) -> list[int]:
         places = []
@@ -66,7 +92,7 @@ class Symmetry:
             places.append(place)
         return places[::-1]
 
-    def _rank(self, places) -> int:
+    def _rank(self, places: Iterable[int]) -> int:
         rank = 0
         for size, place in zip(self.mesh, places, strict=True):
             rank = rank * size + place
@@ -81,24 +107,14 @@ def fold(schedule_of: Callable[[int], Schedule], mesh: Sequence[int]) -> tuple[l
     dependencies, with peers turned likewise. Axes along which ranks differ are not folded, and all their ranks built.
     """
     mesh = tuple(mesh)
-    for axes in _candidates(mesh):
-        symmetry = Symmetry(mesh, axes)
-        ahead = [1 if axis in axes else 0 for axis in range(len(mesh))]
+    sizes = sorted(product(*((1, size) if size > 1 else (1,) for size in mesh)), key=prod)
+    for symmetry in (Symmetry(mesh, strides) for strides in sizes if strides != mesh):
+        ahead = [int(stride < size) for size, stride in zip(mesh, symmetry.strides, strict=True)]
         turned = {symmetry.turned(0, ahead), symmetry.turned(0, [-n for n in ahead])}
         first = signature(schedule_of(0), symmetry)
         if all(signature(schedule_of(rank), symmetry) == first for rank in turned):
             return [schedule_of(rank) for rank in symmetry.representatives()], symmetry
     return [schedule_of(rank) for rank in range(prod(mesh))], Symmetry(mesh)
-
-
-def _candidates(mesh: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Sets of axes to fold, those that save most first."""
-    axes = [axis for axis, size in enumerate(mesh) if size > 1]
-    sets = [
-        tuple(a for a, keep in zip(axes, kept, strict=True) if keep)
-        for kept in product((1, 0), repeat=len(axes))
-    ]
-    yield from sorted((s for s in sets if s), key=lambda s: -prod(mesh[axis] for axis in s))
 
 
 def signature(schedule: Schedule, symmetry: Symmetry) -> list[tuple]:

@@ -16,11 +16,15 @@ DEVICE = "device"  # what schedules call the tier that kernels work in
 Passes = tuple[tuple[Hashable, float], ...]  # the resources of a route, with their capacities in bytes/s
 
 
+class Asymmetric(Exception):
+    """The cluster does not look the same to ranks whose schedules are alike."""
+
+
 class Routes:
     """Routes by number, each found once; one per pair of ranks, and one per rank, tier and direction of copies.
 
     places: the cluster's rank for every rank of the schedules. A route between ranks that stand for others has an
-    instance for each of them.
+    instance for each of them. Raises Asymmetric when they differ.
     """
 
     def __init__(self, cluster: Cluster, places: Sequence[int], symmetry: Symmetry) -> None:
@@ -29,26 +33,34 @@ class Routes:
         self._pairs: dict[tuple[int, int], tuple] = {}
         self._copies: dict[tuple[int, str, str], int] = {}
         self._costs: dict[tuple[int, int, int], tuple[int, float, float]] = {}
+        for rank in symmetry.representatives() if symmetry.folded else ():
+            if (
+                len({cluster.device(places[symmetry.turned(rank, turn)]).name for turn in symmetry.turns()})
+                > 1
+            ):
+                raise Asymmetric
 
     def message(self, source: int, destination: int, nbytes: int) -> tuple[int, float, float]:
         """(route, latency in seconds, limit in bytes/s) of a message between two ranks."""
         key = (source, destination, nbytes)
         if key not in self._costs:
-            number, route = self._pair(source, destination)
+            number, route = self.pair(source, destination)
             self._costs[key] = (number, route.latency_seconds, route.flow_bytes_per_second(nbytes))
         return self._costs[key]
 
-    def _pair(self, source: int, destination: int) -> tuple:
+    def pair(self, source: int, destination: int) -> tuple:
+        """(number, route) from one rank to another."""
         ends = (source, destination)
         if ends not in self._pairs:
-            turned, symmetry, places = [], self.symmetry, self.places
+            symmetry, places, first = self.symmetry, self.places, None
+            passes: list[Passes] = []
             for turn in symmetry.turns():
                 a, b = places[symmetry.turned(source, turn)], places[symmetry.turned(destination, turn)]
-                turned.append(self.cluster.route(a, b))
-            first = turned[0]
-            if any((r.latency_seconds, r.flow) != (first.latency_seconds, first.flow) for r in turned):
-                raise self._asymmetric(f"the way from rank {source} to rank {destination}")
-            passes = [tuple((r, r.bytes_per_second) for r in route.resources) for route in turned]
+                route = self.cluster.route(a, b)
+                first = first or route
+                if (route.latency_seconds, route.flow) != (first.latency_seconds, first.flow):
+                    raise Asymmetric
+                passes.append(tuple((r, r.bytes_per_second) for r in route.resources))
             self._pairs[ends] = (self._add(passes), first)
         return self._pairs[ends]
 
@@ -68,22 +80,11 @@ class Routes:
         self._instances.append(instances)
         return len(self._instances) - 1
 
-    def check_devices(self) -> None:
-        """Raise ValueError unless a rank's device is that of the rank which stands for it."""
-        for rank in self.symmetry.representatives() if self.symmetry.axes else ():
-            kinds = {
-                self.cluster.device(self.places[self.symmetry.turned(rank, t)]).name
-                for t in self.symmetry.turns()
-            }
-            if len(kinds) > 1:
-                raise self._asymmetric(f"the devices ({', '.join(sorted(kinds))})")
-
     def arrays(self) -> tuple[Array, Array, Array, Array]:
         """(route_at, route_resources, route_weights, capacity).
 
         Resources of one capacity that the same routes pass equally often are one constraint, and become one. The
-        weight of a route is how many of its instances pass such a resource. Raises ValueError when instances of a
-        route differ in the resources they pass: then the cluster does not share the symmetry of the schedules.
+        weight of a route is how many of its instances pass such a resource.
         """
         uses: dict[Hashable, dict[int, int]] = defaultdict(lambda: defaultdict(int))
         capacities: dict[Hashable, float] = {}
@@ -101,16 +102,9 @@ class Routes:
         for number, instances in enumerate(self._instances):
             passed = [sorted({kind_of[resource] for resource, _ in passes}) for passes in instances]
             if any(p != passed[0] for p in passed):
-                raise self._asymmetric("the sharing of links")
+                raise Asymmetric
             resources += passed[0]
             weights += [float(counts[kind][number]) for kind in passed[0]]
             at.append(len(resources))
         capacity = np.array([capacity for capacity, _ in kinds], np.float64)
         return np.array(at, np.int64), np.array(resources, np.int64), np.array(weights, np.float64), capacity
-
-    def _asymmetric(self, what: str) -> ValueError:
-        axes = ", ".join(map(str, self.symmetry.axes))
-        return ValueError(
-            f"ranks cannot be folded along mesh axes {axes}: on cluster {self.cluster.name} {what} is not the same "
-            "for all of them; simulate all ranks, or fold fewer axes"
-        )

@@ -52,8 +52,9 @@ def simulate(
     memory = _memory(schedules, state, int(state.counts[EVENTS]))
     timeline = Timeline("simulated", _spans(compiler, state), memory)
     timeline.meta = {"cluster": cluster.name, "ranks": symmetry.world_size, "schedule": schedules[0].name}
-    if symmetry.axes:
-        timeline.meta["folded"] = {"mesh": list(symmetry.mesh), "axes": list(symmetry.axes)}
+    if symmetry.folded:
+        simulated = [symmetry.turned(s.rank, turn) for turn in compiler.turns for s in schedules]
+        timeline.meta["folded"] = {"mesh": list(symmetry.mesh), "simulated_ranks": sorted(simulated)}
     return timeline
 
 
@@ -88,31 +89,31 @@ def _places(
 def _check(compiler: Compiler, program: Program, state: State) -> None:
     from counterpoint.simulator.engine import FINISHED, FULL_RANK
 
-    rank, schedules = int(state.counts[FULL_RANK]), compiler.schedules
-    if rank >= 0:
-        raise ValueError(_full(compiler, program, state, rank))
+    if state.counts[FULL_RANK] >= 0:
+        raise ValueError(_full(compiler, program, state, int(state.counts[FULL_RANK])))
     if state.counts[FINISHED] == program.rank.size:
         return
     stuck = np.flatnonzero(np.isnan(state.stop))
     ranks, firsts = np.unique(program.rank[stuck], return_index=True)
     where = [
-        f"rank {schedules[i].rank} waits at {describe(schedules[i], int(stuck[first]) - compiler.bases[i])}"
-        for i, first in list(zip(ranks.tolist(), firsts.tolist(), strict=True))[:4]
+        f"rank {rank} waits at {describe(compiler.schedules[schedule], int(stuck[first]) - base)}"
+        for index, first in list(zip(ranks.tolist(), firsts.tolist(), strict=True))[:4]
+        for schedule, rank, base in [compiler.place(index)]
     ]
     more = f" and {len(ranks) - 4} more ranks" if len(ranks) > 4 else ""
     raise ScheduleError(f"deadlock: {'; '.join(where)}{more}")
 
 
-def _full(compiler: Compiler, program: Program, state: State, rank: int) -> str:
+def _full(compiler: Compiler, program: Program, state: State, index: int) -> str:
     """The error for a rank whose memory ran out."""
     from counterpoint.simulator.engine import FULL_STEP
 
-    step, schedule, base = int(state.counts[FULL_STEP]), compiler.schedules[rank], compiler.bases[rank]
-    device = compiler.cluster.device(compiler.places[schedule.rank])
+    step, (number, rank, base) = int(state.counts[FULL_STEP]), compiler.place(index)
+    schedule, device = compiler.schedules[number], compiler.cluster.device(compiler.places[rank])
     held = [(v.nbytes, v.name) for v in schedule.inputs]
     made = program.makes[program.makes_at[base] : program.makes_at[base + len(schedule.steps)]]
     alive = [b for b in made.tolist() if state.alive[b] and program.buffer_fast[b]]
-    held += [(int(program.buffer_bytes[b]), compiler.names[b]) for b in alive]
+    held += [(int(program.buffer_bytes[b]), compiler.names[b % len(compiler.names)]) for b in alive]
     held.sort(key=lambda item: -item[0])
     largest = ", ".join(f"{name} ({_readable(size)})" for size, name in held[:5])
     more = f" and {len(held) - 5} more" if len(held) > 5 else ""
@@ -121,7 +122,7 @@ def _full(compiler: Compiler, program: Program, state: State, rank: int) -> str:
         time = float(np.nanmax(np.concatenate([state.start, state.stop])))
         when = f"after {time:.4g} s at {describe(schedule, step - base)}"
     return (
-        f"rank {schedule.rank} runs out of memory {when}: {_readable(sum(size for size, _ in held))} are needed, "
+        f"rank {rank} runs out of memory {when}: {_readable(sum(size for size, _ in held))} are needed, "
         f"{device.name} has {_readable(device.memory_bytes)}; alive are {largest}{more}. "
         "Use more ranks, fewer tokens or another strategy"
     )
@@ -161,7 +162,9 @@ def _spans(compiler: Compiler, state: State) -> list[Span]:
 
 
 def _memory(schedules: Sequence[Schedule], state: State, n: int) -> list[MemoryEvent]:
-    ranks = np.array([s.rank for s in schedules])[state.event_rank[:n]]
-    order = np.lexsort((ranks, state.event_time[:n]))
-    columns = (ranks[order], state.event_time[order], state.event_live[order])
-    return [MemoryEvent(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    ours = np.flatnonzero(state.event_rank[:n] < len(schedules))  # not of copies
+    ranks = np.array([s.rank for s in schedules])[state.event_rank[ours]]
+    times, live = state.event_time[ours], state.event_live[ours]
+    order = np.lexsort((ranks, times))
+    columns = (ranks[order].tolist(), times[order].tolist(), live[order].tolist())
+    return [MemoryEvent(*row) for row in zip(*columns, strict=True)]

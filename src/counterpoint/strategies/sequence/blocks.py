@@ -211,8 +211,8 @@ class AttentionBuilder(Builder):
 
     def head_packets(self, q: Block, packets: int) -> list[Block]:
         """Queries cut by heads into `packets` blocks, whose key/value heads are the same or disjoint."""
-        if packets < 1:
-            raise ValueError(f"packets is {packets}; give a number of at least 1")
+        if not isinstance(packets, int) or packets < 1:
+            raise ValueError(f"packets is {packets!r}; give a number of at least 1")
         (a, b), g = q.heads, self.shape.group
         groups = [(max(a, x * g), min(b, (x + 1) * g)) for x in range(*kv_heads_of(self.shape, q.heads))]
         if packets <= len(groups):

@@ -29,7 +29,7 @@ def forward(
     b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attention, *, way: int = 1
 ) -> Block:
     """(q), (k, v) -> (out, lse). way: +1 sends blocks to the next rank, -1 to the one before."""
-    return circulate(b, axis, q, [(kv, way, "")], attend)
+    return circulate(b, axis, q, [(kv, _checked(way), "")], attend)
 
 
 def backward(
@@ -43,7 +43,7 @@ def backward(
     wire_dtype: str | None = None,
 ) -> tuple[Block, Block]:
     """(q, dout, lse, delta), (k, v) -> (dq), (dk, dv). wire_dtype: of travelling dK, dV (default float32)."""
-    dq, (dkv,) = circulate_backward(b, axis, q, [(kv, way, "")], attend, wire_dtype)
+    dq, (dkv,) = circulate_backward(b, axis, q, [(kv, _checked(way), "")], attend, wire_dtype)
     return dq, dkv
 
 
@@ -161,3 +161,9 @@ class GradientWalk:
         keys = self.kv.tokens[j]
         seers = [s for s in range(1, N) if self.b.sees(queries[(j + self.way * s) % N], keys)]
         return max(seers, default=0), self.b.seen_by(keys, [queries[(j + self.way * s) % N] for s in seers])
+
+
+def _checked(way: int) -> int:
+    if way not in (1, -1):
+        raise ValueError(f"way is {way!r}; use 1 (blocks go to the next rank) or -1 (to the one before)")
+    return way

@@ -102,6 +102,8 @@ def circulate(
     relay: bool,
 ) -> Block | None:
     """Lead all queries past all ranks: `visit` those that are here, send the result home, `combine` what comes home."""
+    if not isinstance(relay, bool):
+        raise ValueError(f"relay is {relay!r}; use true or false")
     r, N = axis.rank, axis.size
     own = b.head_packets(q, packets)
     b.depth(axis.channel("q"), 2 * len(own))

@@ -42,7 +42,8 @@ class Attend(Kernel):
     def run(self, *inputs):
         from counterpoint.kernels import blocks
 
-        return blocks.attend(*inputs, self.areas, scale=self.scale, groups=self.groups)
+        q, k, v = inputs
+        return blocks.attend(q, k, v, self.areas, scale=self.scale, groups=self.groups)
 
     def label(self) -> str:
         return f"attend {_brief(self.areas)}"

@@ -37,6 +37,7 @@ def attention(
     scale: float | None = None,
     forward: Choices = "tokenring",
     backward: Choices | None = None,
+    cached: SequenceLayout | None = None,
     return_lse: bool = False,
     timeline: Timeline | None = None,
     timeout: float = 300.0,
@@ -51,15 +52,17 @@ def attention(
     which tokens (its documents make the mask block-diagonal), or the name of a layout of one document, for which the
     ranks tell each other their lengths at every call. window: keys less than so many positions away are seen.
 
-    forward, backward: "tokenring", "ring", "bidirectional_ring", "allgather", "ulysses" or "rsa", with options as in
-    "tokenring(packets=4)"; on a mesh with several axes one per axis, outermost first: ("ring", "tokenring").
-    backward None: the same as forward. timeline: what happens is appended to it. timeout: seconds until a peer that
-    does not answer counts as lost (read when a mesh is first used).
+    forward, backward: "tokenring", "ring", "bidirectional_ring", "allgather", "ulysses" or "rsa", with options as
+    in "tokenring(packets=4)"; on a mesh with several axes one per axis, outermost first: ("ring", "tokenring").
+    backward None: the same as forward. cached: the layout of earlier tokens whose keys and values are at hand; the
+    new tokens follow them, and k and v hold this rank's cached tokens first, then its new ones. timeline: what
+    happens is appended to it. timeout: seconds until a peer that does not answer counts as lost (read when a mesh
+    is first used).
 
     Raises ValueError for shapes, layouts and strategies that do not fit, PeerFailure when a peer is lost.
     """
-    check_inputs(q, k, v)
     engine = Engine.of(mesh, timeout=timeout)
+    check_inputs(q, k, v, 0 if cached is None else cached.local_tokens(engine.rank))
     layout = _agreed_layout(engine, layout, q.shape[2])
     dtype = str(q.dtype).removeprefix("torch.")
     problem = _problem(
@@ -71,20 +74,24 @@ def attention(
         causal,
         window,
         return_lse,
+        cached,
     )
     out, lse = _Attention.apply(q, k, v, engine, problem, timeline)  # type: ignore[misc]
     return (out, lse) if return_lse else out
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless the shapes and dtypes of q, k and v can be attended."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, cached: int = 0) -> None:
+    """Raise ValueError unless the shapes and dtypes of q, k and v, with so many cached keys, can be attended."""
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q, k and v must be (batch, heads, local_tokens, head_dim), got {shapes}")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have the same shape, got {shapes}")
-    if (q.shape[0], q.shape[2:]) != (k.shape[0], k.shape[2:]):
+    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(f"q and k may differ only in their number of heads (dim 1), got {shapes}")
+    if q.shape[2] + cached != k.shape[2]:
+        behind = f" behind {cached} cached ones" if cached else ""
+        raise ValueError(f"k must hold the {q.shape[2]} tokens of q{behind}, got {shapes}")
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v"
@@ -148,6 +155,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Any):
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph: messages are not part of the graph, so terms would be missing
+            raise RuntimeError(
+                "sharded attention cannot be differentiated twice: call backward without create_graph"
+            )
         schedule: Schedule = backward_schedule(ctx.problem, ctx.engine.rank)
         given = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         if any(v.name == "dout" for v in schedule.inputs):

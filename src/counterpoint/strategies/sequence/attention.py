@@ -13,6 +13,7 @@ from typing import Any
 
 from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.kernels.mask import AttentionMask
+from counterpoint.kernels.tokens import Tokens
 from counterpoint.schedule.schedule import Schedule, Value
 from counterpoint.strategies.sequence import allgather, bidirectional_ring, ring, rsa, tokenring, ulysses
 from counterpoint.strategies.sequence.blocks import (
@@ -93,6 +94,8 @@ class AttentionProblem:
 
     mesh: sizes of the mesh axes, outermost first; their product is the layout's world size and ranks number the
     mesh row by row. forward, backward: one strategy per axis. wants_lse: hand the logsumexp out as well.
+    cached: where the keys and values of earlier tokens lie, which the layout's tokens follow; a rank's k and v then
+    hold its cached tokens first and its new ones behind them.
     """
 
     shape: AttentionShape
@@ -103,8 +106,18 @@ class AttentionProblem:
     causal: bool = True
     window: int | None = None
     wants_lse: bool = False
+    cached: SequenceLayout | None = None
 
     def __post_init__(self) -> None:
+        if self.cached is not None and self.cached.world_size != self.layout.world_size:
+            raise ValueError(
+                f"the cache lies on {self.cached.world_size} ranks, the new tokens on {self.layout.world_size}; "
+                "both must use the same ranks"
+            )
+        if self.cached is not None and (self.cached.documents or self.layout.documents):
+            raise ValueError(
+                "a cache holds one document; leave documents out, or attend document by document"
+            )
         if prod(self.mesh) != self.layout.world_size:
             raise ValueError(
                 f"the layout is for {self.layout.world_size} ranks, but the mesh {'x'.join(map(str, self.mesh))} "
@@ -122,6 +135,17 @@ class AttentionProblem:
     @property
     def mask(self) -> AttentionMask:
         return AttentionMask(self.causal, self.window, self.layout.documents)
+
+    def queries(self, rank: int) -> Tokens:
+        """The positions of a rank's queries."""
+        local = self.layout.local(rank)
+        return local if self.cached is None else local.shifted(self.cached.tokens)
+
+    def keys(self, rank: int) -> Tokens:
+        """The positions of a rank's keys: cached ones, then its own."""
+        if self.cached is None:
+            return self.queries(rank)
+        return Tokens((*self.cached.local(rank).runs, *self.queries(rank).runs))
 
     @property
     def keeps_heads(self) -> bool:
@@ -186,8 +210,7 @@ def forward_schedule(problem: AttentionProblem, rank: int) -> Schedule:
     b = _builder("forward " + "/".join(map(str, problem.forward)), problem, problem.forward_levels, rank)
     b.wants_lse = problem.wants_lse or not keeps
     b.saved = {} if keeps else None
-    tree = _tree(problem, problem.forward_levels)
-    q, kv = _inputs(b, problem, tree, rank)
+    q, kv = _inputs(b, problem, problem.forward_levels, rank)
     out = _nest(b, problem, problem.forward_levels, problem.forward, rank, "forward")(q, kv)
     final = b.cast(replace(out, values=out.values[:1], specs=out.specs[:1]), problem.shape.dtype)
     outputs: dict[str, Value] = dict(
@@ -206,8 +229,7 @@ def backward_schedule(problem: AttentionProblem, rank: int) -> Schedule:
     """
     given = forward_schedule(problem, rank)
     b = _builder("backward " + "/".join(map(str, problem.backward)), problem, problem.backward_levels, rank)
-    tree = _tree(problem, problem.backward_levels)
-    q, kv = _inputs(b, problem, tree, rank)
+    q, kv = _inputs(b, problem, problem.backward_levels, rank)
     if problem.keeps_heads:
         b.saved = _saved_blocks(b, problem, rank, given)
     specs = b.attention_specs(q)
@@ -215,8 +237,10 @@ def backward_schedule(problem: AttentionProblem, rank: int) -> Schedule:
     dout = Block((b.input("dout", q.specs[0]),) if q else (), q.specs, q.tokens, q.heads)
     packet = b.packet(q, dout, out)
     dq, dkv = _nest(b, problem, problem.backward_levels, problem.backward, rank, "backward")(packet, kv)
-    grads = [v for block in (dq, dkv) for v in b.cast(block, problem.shape.dtype).values]
-    return b.finish(dict(zip(("dq", "dk", "dv"), grads, strict=False)))
+    grads: dict[str, Value] = {}
+    for names, block in ((("dq",), dq), (("dk", "dv"), dkv)):
+        grads |= zip(names, b.cast(block, problem.shape.dtype).values, strict=False)
+    return b.finish(grads)
 
 
 def _nest(b: AttentionBuilder, problem: AttentionProblem, levels, choices, rank: int, way: str) -> Callable:
@@ -240,14 +264,18 @@ def _builder(name: str, problem: AttentionProblem, levels: tuple[Level, ...], ra
     return AttentionBuilder(name, rank, world_size, problem.shape, problem.mask, place)
 
 
-def _inputs(b: AttentionBuilder, problem: AttentionProblem, tree: Tree, rank: int) -> tuple[Block, Block]:
-    shape, count = problem.shape, problem.layout.local_tokens(rank)
-    q = TensorSpec((shape.batch, count, shape.heads, shape.head_dim), shape.dtype)
-    kv = TensorSpec((shape.batch, count, shape.kv_heads, shape.head_dim), shape.dtype)
-    values = [b.input(name, spec) for name, spec in (("q", q), ("k", kv), ("v", kv)) if count]
+def _inputs(
+    b: AttentionBuilder, problem: AttentionProblem, levels: tuple[Level, ...], rank: int
+) -> tuple[Block, Block]:
+    shape = problem.shape
+    counts = problem.queries(rank).count, problem.keys(rank).count
+    q = TensorSpec((shape.batch, counts[0], shape.heads, shape.head_dim), shape.dtype)
+    kv = TensorSpec((shape.batch, counts[1], shape.kv_heads, shape.head_dim), shape.dtype)
+    queries = _tree(problem, levels, problem.queries)
+    keys = queries if problem.cached is None else _tree(problem, levels, problem.keys)
     return (
-        Block(tuple(values[:1]), (q,), tree, (0, shape.heads)),
-        Block(tuple(values[1:]), (kv, kv), tree, (0, shape.kv_heads)),
+        Block((b.input("q", q),) if counts[0] else (), (q,), queries, (0, shape.heads)),
+        Block((b.input("k", kv), b.input("v", kv)) if counts[1] else (), (kv, kv), keys, (0, shape.kv_heads)),
     )
 
 
@@ -269,13 +297,13 @@ def _axes(
     return made
 
 
-def _tree(problem: AttentionProblem, levels: tuple[Level, ...]) -> Tree:
+def _tree(problem: AttentionProblem, levels: tuple[Level, ...], tokens: Callable[[int], Tokens]) -> Tree:
     """Tokens of every rank, as a tree over the levels."""
     mesh = problem.mesh
 
     def grow(depth: int, fixed: dict[int, int]) -> Tree:
         if depth == len(levels):
-            return problem.layout.local(_rank(mesh, [fixed[i] for i in range(len(mesh))]))
+            return tokens(_rank(mesh, [fixed[i] for i in range(len(mesh))]))
         axes = levels[depth][1]
         spots = product(*(range(mesh[i]) for i in axes))
         return tuple(grow(depth + 1, {**fixed, **dict(zip(axes, spot, strict=True))}) for spot in spots)
@@ -289,7 +317,7 @@ def _saved_blocks(
     """The blocks that the forward pass saved, as inputs of the backward pass `b`."""
     again = _builder("", problem, problem.forward_levels, rank)
     again.wants_lse, again.saved = problem.wants_lse, {}
-    q, kv = _inputs(again, problem, _tree(problem, problem.forward_levels), rank)
+    q, kv = _inputs(again, problem, problem.forward_levels, rank)
     _nest(again, problem, problem.forward_levels, problem.forward, rank, "forward")(q, kv)
     return {
         name: replace(

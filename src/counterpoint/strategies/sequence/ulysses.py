@@ -33,7 +33,7 @@ def forward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attent
     """(q), (k, v) -> (out, lse), or (out) alone when nobody asked for lse."""
     q_heads, kv_heads = deal_heads(b, axis, q)
     all_q, places = to_heads(b, axis, q, q_heads, "q")
-    all_kv, _ = to_heads(b, axis, kv, kv_heads, "kv")
+    all_kv, _ = to_heads(b, axis, seen_keys(b, q, kv), kv_heads, "kv")
     out = attend(all_q, all_kv)
     if b.saved is not None:
         b.saved.update(q=all_q, kv=all_kv, out=out)
@@ -48,6 +48,7 @@ def backward(
 ) -> tuple[Block, Block]:
     """(q, dout, lse, delta), (k, v) -> (dq), (dk, dv)."""
     q_heads, kv_heads = deal_heads(b, axis, q)
+    own, kv = b.here(kv, axis), seen_keys(b, q, kv)
     if b.saved:
         all_q, all_kv, out = (b.saved[name] for name in ("q", "kv", "out"))
         dout, places = to_heads(
@@ -65,7 +66,15 @@ def backward(
         dkv = b.cast(dkv, kv.specs[0].dtype)
     dq_parts = to_tokens(b, axis, q, dq, places, q_heads, "dq")
     dkv_parts = to_tokens(b, axis, kv, dkv, kv_places, kv_heads, "dkv")
-    return b.join_heads(dq_parts), b.add_heads(dkv_parts, kv.heads) if replicated else b.join_heads(dkv_parts)
+    total = b.add_heads(dkv_parts, kv.heads) if replicated else b.join_heads(dkv_parts)
+    if own.tokens != kv.tokens[axis.rank]:
+        total = b.whole(b.add(None, total, own.tokens), b.gradient_specs(own), own.tokens, kv.heads)
+    return b.join_heads(dq_parts), total
+
+
+def seen_keys(b: AttentionBuilder, q: Block, kv: Block) -> Block:
+    """The keys that any query sees: a window over a long cache leaves some that nobody does."""
+    return b.take(kv, tuple(b.seen_by(tokens, q.tokens) for tokens in kv.tokens))
 
 
 def deal_heads(b: AttentionBuilder, axis: Axis, q: Block) -> tuple[Heads, Heads]:

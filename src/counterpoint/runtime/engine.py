@@ -16,7 +16,7 @@ from counterpoint.schedule.timeline import Timeline
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_KEPT = "_counterpoint_engine"
+_KEPT = "_counterpoint_engines"
 
 
 class Engine:
@@ -53,12 +53,19 @@ class Engine:
 
     @classmethod
     def of(cls, mesh: DeviceMesh | None, *, timeout: float = 300.0) -> Engine:
-        """The engine of a mesh, made at the first call and then kept on the mesh object."""
+        """The engine of a mesh, made at the first call and then kept on the mesh it was sliced from.
+
+        `mesh["sequence"]` is another object every time; its engine, with connections and threads, must not be.
+        """
         if mesh is None:
             return cls()
-        if not hasattr(mesh, _KEPT):
-            setattr(mesh, _KEPT, cls(mesh, timeout=timeout))
-        return getattr(mesh, _KEPT)
+        root = getattr(mesh, "_get_root_mesh", lambda: mesh)()
+        if not hasattr(root, _KEPT):
+            setattr(root, _KEPT, {})
+        kept, key = getattr(root, _KEPT), (tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()))
+        if key not in kept:
+            kept[key] = cls(mesh, timeout=timeout)
+        return kept[key]
 
     def run(
         self, schedule: Schedule, inputs: Mapping[str, Tensor], timeline: Timeline | None = None

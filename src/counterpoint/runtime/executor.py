@@ -54,7 +54,8 @@ class Executor:
         # Receives first: gloo announces a posted receive on the connection that a send would fill.
         others.sort(key=lambda stream: not stream.endswith(".recv"))
         futures = [self._threads.submit(run.stream, stream) for stream in others] if self._threads else []
-        run.stream("compute")
+        with torch.autocast(self.device.type, enabled=False):  # kernels compute in the dtypes of the schedule
+            run.stream("compute")
         return run.finish(futures)
 
 

@@ -83,8 +83,11 @@ def idle(b: Builder) -> dict:
     return {}
 
 
-def cluster(link: str = "switch", memory: str = "1 GB", **level: object) -> Cluster:
-    """Four devices of 1 TFLOP/s, joined at 1 GB/s with 1 ms latency."""
+def cluster(
+    link: str = "switch", memory: str = "1 GB", levels: list[dict] | None = None, **level: object
+) -> Cluster:
+    """Four devices of 1 TFLOP/s, joined at 1 GB/s with 1 ms latency; or on other levels."""
+    one = {key: value for key, value in {**LEVEL, "link": link, **level}.items() if value is not None}
     text = yaml.safe_dump(
         {
             "name": "by-hand",
@@ -95,13 +98,11 @@ def cluster(link: str = "switch", memory: str = "1 GB", **level: object) -> Clus
                         "host": {"size": "100 GB", "bandwidth": "2 GB/s"},
                     },
                     "peak": {"float32": "1 TFLOP/s"},
-                    "rates": {"elementwise": {"float32": "1 TFLOP/s"}},
+                    "rates": {"elementwise": {"float32": "1 TFLOP/s"}, "matmul": {"bfloat16": "1 TFLOP/s"}},
                     "launch": "0 s",
                 }
             },
-            "levels": [
-                {key: value for key, value in {**LEVEL, "link": link, **level}.items() if value is not None}
-            ],
+            "levels": levels or [one],
         }
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -22,6 +22,7 @@ from counterpoint.strategies.sequence.attention import (
     parse_choices,
 )
 from counterpoint.strategies.sequence.layout import SequenceLayout
+from simulator.by_hand import cluster
 
 NAMES = (
     "ring",
@@ -64,10 +65,10 @@ def mesh_for(name: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cluster", ["a10x4-pcie", "dgx-h100", "pcie-consumer"])
-def test_bytes_steps_and_live_bytes_are_those_of_the_schedules(name: str, cluster: str):
+@pytest.mark.parametrize("preset", ["a10x4-pcie", "dgx-h100", "pcie-consumer"])
+def test_bytes_steps_and_live_bytes_are_those_of_the_schedules(name: str, preset: str):
     for schedules in both_passes(problem(name, mesh_for(name), tokens=401)):
-        timeline = simulate(schedules, find_cluster(cluster))
+        timeline = simulate(schedules, find_cluster(preset))
         sent = {(s.rank, to): n for s in schedules for to, n in s.sent_bytes().items()}
         assert timeline.bytes_by_link() == sent
         received = defaultdict(int)
@@ -161,6 +162,33 @@ def test_a_mesh_of_nodes_folds_to_one_rank_that_shares_its_links_as_before():
         assert len(schedules) == 1
         folded = simulate(schedules, cluster, symmetry=symmetry)
         assert folded.seconds == simulate([make(given, rank) for rank in range(32)], cluster).seconds
+
+
+@pytest.mark.parametrize("name", ["ring/tokenring", "tokenring/ring"])
+def test_a_cluster_with_less_symmetry_folds_less(name: str):
+    """Nodes at the border of an island have a longer way to the next one."""
+    level = {"bandwidth": "10 GB/s", "latency": "2 us"}
+    levels = [
+        {**level, "level": "node", "count": 2, "link": "switch"},
+        {**level, "level": "island", "count": 2, "link": "switch", "attained": "8 GB/s"},
+        {**level, "level": "cluster", "count": 4, "link": "switch", "latency": "9 us", "attained": "5 GB/s"},
+    ]
+    given, islands = problem(name, (8, 2), 16 * 64, causal=False), cluster(levels=levels)
+    for make in (forward_schedule, backward_schedule):
+        schedules, symmetry = fold(lambda rank, make=make: make(given, rank), (8, 2))
+        assert len(schedules) == 1
+        folded = simulate(schedules, islands, symmetry=symmetry)
+        assert folded.meta["folded"]["simulated_ranks"] == [0, 2]
+        whole = simulate([make(given, rank) for rank in range(16)], islands)
+        assert folded.seconds == pytest.approx(whole.seconds, rel=1e-9)
+        assert set(folded.ranks) <= {0, 2}
+        for rank in folded.ranks:
+            ours, theirs = ([s for s in t.spans if s.rank == rank] for t in (folded, whole))
+            assert [(s.stream, s.peer, s.nbytes) for s in ours] == [
+                (s.stream, s.peer, s.nbytes) for s in theirs
+            ]
+            assert [s.stop for s in ours] == pytest.approx([s.stop for s in theirs], rel=1e-9)
+            assert folded.peak_bytes(rank) == whole.peak_bytes(rank)
 
 
 def test_ranks_that_differ_are_not_folded():

@@ -157,17 +157,24 @@ class Compiler:
 
     def _routes(self, pairs: set[tuple[int, int]]) -> Routes:
         """Routes under the strongest symmetry that schedules and cluster share; sets `joint` and `turns`."""
+        ordered, ways = sorted(pairs), {}
         for joint in self.symmetry.weaker():
-            turns = self.symmetry.copies(joint)
+            turns, tried = self.symmetry.copies(joint), -1
             try:
-                routes = Routes(self.cluster, self.places, joint)
-                for source, destination in sorted(pairs):
+                routes = Routes(self.cluster, self.places, joint, ways)
+                for source, destination in ordered:
+                    tried += 1
                     for turn in turns:
                         routes.pair(
                             self.symmetry.turned(source, turn), self.symmetry.turned(destination, turn)
                         )
                 routes.arrays()
             except Asymmetric:
+                ordered = [
+                    ordered[tried],
+                    *ordered[:tried],
+                    *ordered[tried + 1 :],
+                ]  # the next one may fail there too
                 continue
             self.joint, self.turns = joint, turns
             return routes

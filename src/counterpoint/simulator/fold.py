@@ -8,7 +8,7 @@ to another rank is received by the one that stands for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -44,7 +44,7 @@ class Symmetry:
 
     def representatives(self) -> list[int]:
         """The ranks that stand for all, in ascending order."""
-        return [self._rank(at) for at in product(*map(range, self.strides))]
+        return [self.turned(0, at) for at in product(*map(range, self.strides))]
 
     def turns(self) -> Iterator[tuple[int, ...]]:
         """All ways to turn the mesh without a visible change; the first one leaves it as it is."""
@@ -54,7 +54,12 @@ class Symmetry:
 
     def turned(self, rank: int, turn: Sequence[int]) -> int:
         """Where a rank comes to lie."""
-        return self._rank((a + b) % n for a, b, n in zip(self._places(rank), turn, self.mesh, strict=True))
+        there, unit = 0, 1
+        for size, by in zip(reversed(self.mesh), reversed(turn), strict=True):
+            rank, place = divmod(rank, size)
+            there += (place + by) % size * unit
+            unit *= size
+        return there
 
     def seen_from(self, rank: int, peer: int) -> int:
         """The rank that lies to the rank standing for `rank` as `peer` lies to `rank`."""
@@ -91,12 +96,6 @@ class Symmetry:
             rank, place = divmod(rank, size)
             places.append(place)
         return places[::-1]
-
-    def _rank(self, places: Iterable[int]) -> int:
-        rank = 0
-        for size, place in zip(self.mesh, places, strict=True):
-            rank = rank * size + place
-        return rank
 
 
 def fold(schedule_of: Callable[[int], Schedule], mesh: Sequence[int]) -> tuple[list[Schedule], Symmetry]:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from counterpoint.cluster.cluster import Cluster
+from counterpoint.cluster.cluster import Cluster, Route
 from counterpoint.simulator.fold import Symmetry
 from counterpoint.simulator.program import Array
 
@@ -24,11 +24,14 @@ class Routes:
     """Routes by number, each found once; one per pair of ranks, and one per rank, tier and direction of copies.
 
     places: the cluster's rank for every rank of the schedules. A route between ranks that stand for others has an
-    instance for each of them. Raises Asymmetric when they differ.
+    instance for each of them. ways: routes found so far, to be shared. Raises Asymmetric when instances differ.
     """
 
-    def __init__(self, cluster: Cluster, places: Sequence[int], symmetry: Symmetry) -> None:
+    def __init__(
+        self, cluster: Cluster, places: Sequence[int], symmetry: Symmetry, ways: dict | None = None
+    ) -> None:
         self.cluster, self.places, self.symmetry = cluster, places, symmetry
+        self._ways: dict[tuple[int, int], tuple[Route, Passes]] = {} if ways is None else ways
         self._instances: list[list[Passes]] = []
         self._pairs: dict[tuple[int, int], tuple] = {}
         self._copies: dict[tuple[int, str, str], int] = {}
@@ -52,17 +55,23 @@ class Routes:
         """(number, route) from one rank to another."""
         ends = (source, destination)
         if ends not in self._pairs:
-            symmetry, places, first = self.symmetry, self.places, None
+            symmetry, first = self.symmetry, None
             passes: list[Passes] = []
             for turn in symmetry.turns():
-                a, b = places[symmetry.turned(source, turn)], places[symmetry.turned(destination, turn)]
-                route = self.cluster.route(a, b)
+                route, passed = self._way(symmetry.turned(source, turn), symmetry.turned(destination, turn))
                 first = first or route
                 if (route.latency_seconds, route.flow) != (first.latency_seconds, first.flow):
                     raise Asymmetric
-                passes.append(tuple((r, r.bytes_per_second) for r in route.resources))
+                passes.append(passed)
             self._pairs[ends] = (self._add(passes), first)
         return self._pairs[ends]
+
+    def _way(self, source: int, destination: int) -> tuple[Route, Passes]:
+        ends = (source, destination)
+        if ends not in self._ways:
+            route = self.cluster.route(self.places[source], self.places[destination])
+            self._ways[ends] = route, tuple((r, r.bytes_per_second) for r in route.resources)
+        return self._ways[ends]
 
     def copy(self, rank: int, source: str, target: str, nbytes: int) -> tuple[int, float, float]:
         """The same for a copy between memory tiers; copies of one rank in one direction share that way."""

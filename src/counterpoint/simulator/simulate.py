@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.schedule.check import ScheduleError
-from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, Send
+from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, Send, Step
 from counterpoint.schedule.table import describe, span_name
 from counterpoint.schedule.timeline import Kind, MemoryEvent, Span, Timeline
 from counterpoint.simulator.compiler import Collectives, Compiler
@@ -33,13 +35,13 @@ def simulate(
     schedules: of all ranks, in rank order. placement: the cluster's rank for every rank of the schedules (default:
     the same number). collectives: "direct" sends the message of every pair as the runtime does; "measured" takes
     the time from the cluster's tables where it has them. symmetry (see `fold`): the schedules are those of its
-    representatives only, and so is the timeline.
+    representatives only, and the timeline shows these and, where the cluster treats others worse, the last to finish.
 
     Raises ValueError: more ranks than the cluster has, a placement that does not fit, a rank whose memory runs out
     (naming when and the largest values), a kernel the device has no rate for, a cluster that lacks the symmetry;
     ScheduleError (a ValueError): messages without counterpart, a deadlock.
     """
-    from counterpoint.simulator.engine import EVENTS, run  # compiles
+    from counterpoint.simulator.engine import run
 
     symmetry = symmetry or Symmetry((len(schedules),))
     places = _places(schedules, cluster, placement, symmetry)
@@ -49,8 +51,8 @@ def simulate(
     program = compiler.finish(collectives)
     state = run(program)
     _check(compiler, program, state)
-    memory = _memory(schedules, state, int(state.counts[EVENTS]))
-    timeline = Timeline("simulated", _spans(compiler, state), memory)
+    shown = _shown(compiler, state)
+    timeline = Timeline("simulated", _spans(compiler, state, shown), _memory(compiler, state, shown))
     timeline.meta = {"cluster": cluster.name, "ranks": symmetry.world_size, "schedule": schedules[0].name}
     if symmetry.folded:
         simulated = [symmetry.turned(s.rank, turn) for turn in compiler.turns for s in schedules]
@@ -132,38 +134,67 @@ def _readable(nbytes: int) -> str:
     return f"{nbytes / 1e9:.4g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.4g} MB"
 
 
-def _spans(compiler: Compiler, state: State) -> list[Span]:
-    starts, stops, flops, wire = state.start.tolist(), state.stop.tolist(), compiler.flops, compiler.wire
-    spans, number = [], 0
-    for schedule in compiler.schedules:
-        rank = schedule.rank
-        for step in schedule.steps:
-            kind: Kind
-            peer, links = None, ()
-            if isinstance(step, Compute):
-                kind = "compute"
-            elif isinstance(step, Send):
-                kind, peer = "send", step.to
-            elif isinstance(step, Recv):
-                kind, peer = "recv", step.source
-            elif isinstance(step, Collective):
-                kind = "collective"
-                links = tuple((to, schedule.nbytes(names)) for to, names in step.sends)
-            else:
-                kind = "copy"
-            span = Span(
-                rank, step.stream, kind, span_name(step), starts[number], stops[number], peer, wire[number],
-                flops[number], links,
-            )  # fmt: skip
-            spans.append(span)
-            number += 1
+def _shown(compiler: Compiler, state: State) -> list[int]:
+    """The copies of the schedules that the timeline shows: the first one, and the one that finishes last."""
+    last = np.nan_to_num(state.stop).reshape(len(compiler.turns), -1).max(axis=1, initial=0.0)
+    return sorted({0, int(last.argmax())})
+
+
+def _spans(compiler: Compiler, state: State, shown: Sequence[int]) -> list[Span]:
+    starts, stops = state.start.tolist(), state.stop.tolist()
+    flops, wire, spans = compiler.flops, compiler.wire, []
+    for copy in shown:
+        turn = compiler.turns[copy]
+        there = partial(compiler.symmetry.turned, turn=turn)
+        first = number = copy * len(flops)
+        for schedule in compiler.schedules:
+            rank = compiler.symmetry.turned(schedule.rank, turn)
+            for step in schedule.steps:
+                kind: Kind
+                peer, links = None, ()
+                if copy:
+                    step = _turned(step, there)
+                if isinstance(step, Compute):
+                    kind = "compute"
+                elif isinstance(step, Send):
+                    kind, peer = "send", step.to
+                elif isinstance(step, Recv):
+                    kind, peer = "recv", step.source
+                elif isinstance(step, Collective):
+                    kind = "collective"
+                    links = tuple((to, schedule.nbytes(names)) for to, names in step.sends)
+                else:
+                    kind = "copy"
+                span = Span(
+                    rank, step.stream, kind, span_name(step), starts[number], stops[number], peer,
+                    wire[number - first], flops[number - first], links,
+                )  # fmt: skip
+                spans.append(span)
+                number += 1
     spans.sort(key=lambda s: (s.start, s.rank))
     return spans
 
 
-def _memory(schedules: Sequence[Schedule], state: State, n: int) -> list[MemoryEvent]:
-    ours = np.flatnonzero(state.event_rank[:n] < len(schedules))  # not of copies
-    ranks = np.array([s.rank for s in schedules])[state.event_rank[ours]]
+def _turned(step: Step, there: Callable[[int], int]) -> Step:
+    """The step with its peers elsewhere."""
+    if isinstance(step, Send):
+        return replace(step, to=there(step.to))
+    if isinstance(step, Recv):
+        return replace(step, source=there(step.source))
+    if isinstance(step, Collective):
+        sends = tuple((there(to), names) for to, names in step.sends)
+        return replace(step, sends=sends, recvs=tuple((there(source), made) for source, made in step.recvs))
+    return step
+
+
+def _memory(compiler: Compiler, state: State, shown: Sequence[int]) -> list[MemoryEvent]:
+    from counterpoint.simulator.engine import EVENTS
+
+    n, count = int(state.counts[EVENTS]), len(compiler.schedules)
+    ours = np.flatnonzero(np.isin(state.event_rank[:n] // count, shown))
+    index = state.event_rank[ours]
+    number = {i: compiler.place(i)[1] for i in np.unique(index).tolist()}
+    ranks = np.array([number[i] for i in index.tolist()], np.int64)
     times, live = state.event_time[ours], state.event_live[ours]
     order = np.lexsort((ranks, times))
     columns = (ranks[order].tolist(), times[order].tolist(), live[order].tolist())

@@ -1,0 +1,1 @@
+"""What published systems claim, checked: exactness, bytes, times; `counterpoint reproduce` prints the result."""

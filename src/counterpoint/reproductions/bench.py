@@ -1,0 +1,171 @@
+"""What checks measure with: schedules, the simulator, and real processes. It remembers what has been run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from counterpoint.cluster.cluster import Cluster
+from counterpoint.schedule.schedule import Collective, Schedule, Send
+from counterpoint.schedule.timeline import Timeline
+from counterpoint.strategies.sequence.attention import (
+    AttentionProblem,
+    AttentionShape,
+    backward_schedule,
+    forward_schedule,
+    parse_choices,
+)
+from counterpoint.strategies.sequence.layout import SequenceLayout
+
+Pass = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An attention: strategy, sizes, ranks (outermost mesh axis first)."""
+
+    strategy: str
+    mesh: tuple[int, ...]
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int = 128
+    batch: int = 1
+    dtype: str = "bfloat16"
+    causal: bool = True
+    layout: str = "zigzag"
+
+    @property
+    def ranks(self) -> int:
+        return prod(self.mesh)
+
+    def problem(self) -> AttentionProblem:
+        shape = AttentionShape(self.batch, self.heads, self.kv_heads, self.head_dim, self.dtype)
+        choices = parse_choices(self.strategy)
+        layout = SequenceLayout(self.layout, self.tokens, self.ranks)
+        return AttentionProblem(shape, layout, self.mesh, choices, choices, self.causal)
+
+    def schedule(self, way: Pass, rank: int) -> Schedule:
+        return (forward_schedule if way == "forward" else backward_schedule)(self.problem(), rank)
+
+    def schedules(self, way: Pass) -> list[Schedule]:
+        """Of all ranks, in rank order."""
+        return [self.schedule(way, rank) for rank in range(self.ranks)]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What processes computed and sent: the worst difference of out, dq, dk, dv from one process, as a share of the
+    largest value of each; and bytes that all ranks sent in the forward and in the backward pass."""
+
+    difference: float
+    forward_bytes: int
+    backward_bytes: int
+
+
+def traffic(schedules: Sequence[Schedule], channel: str | None = None) -> dict[tuple[int, int], int]:
+    """Bytes by directed link (source, destination); of one channel only, if given."""
+    total: dict[tuple[int, int], int] = {}
+    for schedule in schedules:
+        for step in schedule.steps:
+            if not isinstance(step, Send | Collective) or channel not in (None, step.channel):
+                continue
+            sends = [(step.to, step.inputs)] if isinstance(step, Send) else step.sends
+            for to, names in sends:
+                total[schedule.rank, to] = total.get((schedule.rank, to), 0) + schedule.nbytes(names)
+    return total
+
+
+def sent(schedules: Sequence[Schedule], channel: str | None = None) -> list[int]:
+    """Bytes that every rank sends."""
+    links = traffic(schedules, channel)
+    return [sum(n for (source, _), n in links.items() if source == s.rank) for s in schedules]
+
+
+@dataclass(slots=True)
+class Bench:
+    """environ: what local processes are started with. `exact` holds the cases that were run on them."""
+
+    environ: Mapping[str, str]
+    exact: dict[Case, Outcome] = field(default_factory=dict)
+    timelines: dict[tuple[Case, Pass, str], Timeline] = field(default_factory=dict)
+
+    def outcome(self, case: Case, among: Sequence[Case]) -> Outcome:
+        """A case on real local processes; all cases of `among` are run together, at the first need."""
+        if case not in self.exact:
+            self.exact |= run_processes(among, self.environ)
+        return self.exact[case]
+
+    def simulate(self, case: Case, way: Pass, cluster: Cluster) -> Timeline:
+        """The simulated pass; ranks that are alike are folded, so the timeline may hold fewer than there are."""
+        from counterpoint.simulator.fold import fold
+        from counterpoint.simulator.simulate import simulate
+
+        key = case, way, cluster.name
+        if key not in self.timelines:
+            schedules, symmetry = fold(lambda rank: case.schedule(way, rank), case.mesh)
+            self.timelines[key] = simulate(schedules, cluster, symmetry=symmetry)
+        return self.timelines[key]
+
+
+def run_processes(cases: Sequence[Case], environ: Mapping[str, str]) -> dict[Case, Outcome]:
+    """Run cases on local processes over gloo, as many as the largest case has ranks.
+
+    Raises WorkerFailure (a RuntimeError) when a process fails.
+    """
+    from counterpoint.training.launch import launch
+
+    with tempfile.TemporaryDirectory(prefix="counterpoint-") as folder:
+        plan = Path(folder, "cases.json")
+        plan.write_text(json.dumps([asdict(case) for case in cases]))
+        ranks = max(case.ranks for case in cases)
+        stopped = launch(["-m", "counterpoint", "reproduce-worker", str(plan)], ranks, environ)
+        if stopped:
+            raise KeyboardInterrupt
+        found = json.loads(plan.with_name("outcomes.json").read_text())
+    return {case: Outcome(**outcome) for case, outcome in zip(cases, found, strict=True)}
+
+
+def read_cases(plan: Path) -> list[Case]:
+    """The cases that `run_processes` has written down."""
+    return [Case(**{**row, "mesh": tuple(row["mesh"])}) for row in json.loads(plan.read_text())]
+
+
+_CLUSTER = """
+name: {name}
+about: devices of 100 TFLOP/s whose {about}, {rate} per direction; a model of a topology, not of a machine
+devices:
+  device:
+    memory:
+      hbm: {{size: 80 GB, bandwidth: 2000 GB/s, attained: 1600 GB/s}}
+    peak: {{bfloat16: 100 TFLOP/s, float32: 100 TFLOP/s}}
+    rates:
+      matmul: {{bfloat16: 100 TFLOP/s, float32: 100 TFLOP/s}}
+    launch: 1 us
+levels:
+  - level: node
+    count: {ranks}
+    link: {link}
+    bandwidth: {rate}
+    latency: 1 us
+"""
+
+
+@lru_cache(maxsize=8)
+def topology(link: Literal["mesh", "switch"], ranks: int, rate: str = "1 GB/s") -> Cluster:
+    """Equal devices joined by a link of their own for every pair (mesh), or by one port each (switch).
+
+    Rates do not depend on message sizes, so that ratios of a formula can be seen.
+    """
+    from counterpoint.cluster.load import parse_cluster
+
+    about = "every pair has its own link" if link == "mesh" else "traffic shares one port each"
+    return parse_cluster(
+        _CLUSTER.format(name=f"{link} of {ranks}", about=about, rate=rate, ranks=ranks, link=link)
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,7 +73,7 @@ def test_merge_of_any_split_is_the_whole(parts: int, extreme: bool, seed: int) -
     whole, whole_lse = attend(q, k, v, AttentionMask(causal=False))
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=torch.float64)
     cuts = [24 * i // parts for i in range(parts + 1)]
-    for a, b in [*zip(cuts, cuts[1:], strict=False), (0, 0)]:
+    for a, b in [*itertools.pairwise(cuts), (0, 0)]:
         part = (
             attend(q, k[:, a:b], v[:, a:b], AttentionMask(causal=False))
             if a < b
@@ -107,8 +109,8 @@ def test_the_fallback_without_a_flash_kernel_is_exact(causal: bool, monkeypatch:
     q, k, v, dout = tensors(50, 4, 2, torch.float32)
     expected = reference.attention(q, k, v, dout, reference.visible(50, causal, None))
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    out, lse = blocks._math_forward(*heads_first, causal, None, None)
-    grads = blocks._math_backward(dout.transpose(1, 2), *heads_first, out, lse, causal, None, None)
+    out, lse = blocks._math_forward(*heads_first, causal, None, None)  # type: ignore
+    grads = blocks._math_backward(dout.transpose(1, 2), *heads_first, out, lse, causal, None, None)  # type: ignore
     assert reference.error(out.transpose(1, 2), expected.out) < 3e-6
     for grad, like in zip(grads, (expected.dq, expected.dk, expected.dv), strict=True):
         assert reference.error(grad.transpose(1, 2), like) < 1e-5

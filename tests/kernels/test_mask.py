@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def token_sets(draw: st.DrawFn, length: int = LENGTH) -> Tokens:
         return Tokens.of([Run(start, draw(st.integers(1, (length - 1 - start) // step + 1)), step)])
     if kind == "pieces":
         cuts = sorted(draw(st.sets(st.integers(0, length), min_size=2, max_size=6)))
-        return Tokens.of(Run(a, b - a) for a, b in list(zip(cuts, cuts[1:], strict=False))[::2])
+        return Tokens.of(Run(a, b - a) for a, b in list(itertools.pairwise(cuts))[::2])
     positions = draw(st.sets(st.integers(0, length - 1), min_size=1))
     order = sorted(positions) if kind == "scattered" else draw(st.permutations(sorted(positions)))
     return Tokens.of(Run(p, 1) for p in order)
@@ -33,7 +35,7 @@ def token_sets(draw: st.DrawFn, length: int = LENGTH) -> Tokens:
 def masks(draw: st.DrawFn, length: int = LENGTH) -> AttentionMask:
     cuts = draw(st.sets(st.integers(1, length - 1), max_size=5))
     borders = [0, *sorted(cuts), length]
-    documents = tuple(b - a for a, b in zip(borders, borders[1:], strict=False)) if cuts else ()
+    documents = tuple(b - a for a, b in itertools.pairwise(borders)) if cuts else ()
     return AttentionMask(draw(st.booleans()), draw(st.none() | st.integers(1, length + 2)), documents)
 
 
@@ -81,7 +83,7 @@ def test_areas_of_a_causal_shard_of_itself_are_one_square() -> None:
 def test_pick_and_locate_are_inverse(tokens: Tokens, data: st.DataObject) -> None:
     positions = tokens.positions()
     borders = sorted(data.draw(st.sets(st.integers(0, len(positions)), max_size=6)))
-    ranges = list(zip(borders, borders[1:], strict=False))[::2]
+    ranges = list(itertools.pairwise(borders))[::2]
     part = tokens.pick(ranges)
     assert part.positions() == [p for a, b in ranges for p in positions[a:b]]
     located = [i for a, b in tokens.locate(part) for i in range(a, b)]
@@ -110,7 +112,7 @@ def test_union_covers_the_same_indices(ranges: list[tuple[int, int]]) -> None:
     joined = union(ranges)
     assert {i for a, b in joined for i in range(a, b)} == {i for a, b in ranges for i in range(a, b)}
     assert all(a < b for a, b in joined)
-    assert all(b < c for (_, b), (c, _) in zip(joined, joined[1:], strict=False))
+    assert all(b < c for (_, b), (c, _) in itertools.pairwise(joined))
 
 
 @pytest.mark.parametrize(

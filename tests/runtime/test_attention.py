@@ -54,7 +54,7 @@ class Whole:
         """Errors of this rank's tensors by name: out, lse, dq, dk, dv, those that are given."""
         seen = reference.visible(TOKENS, mask.get("causal", True), mask.get("window"), self.layout.documents)
         tensors = [x.transpose(1, 2) for x in (self.q, self.k, self.v, self.dout if dout is None else dout)]
-        expected = reference.attention(*tensors, seen, mask.get("scale"))
+        expected = reference.attention(*tensors, seen, mask.get("scale"))  # type: ignore
         return {
             name: reference.error(x.detach(), self.mine(getattr(expected, name).transpose(1, 2)), 0.1)
             for name, x in got.items()
@@ -209,8 +209,38 @@ def test_gradients_that_would_be_wrong_are_refused(gloo: Pools) -> None:
             assert "modified" in found[changed] and "inplace" in found[changed], found
 
 
+def on_slices_and_under_autocast(rank: int) -> tuple[list[bool], dict[str, float]]:
+    """Ranks 0 and 1, and ranks 2 and 3, attend the same sequence on a slice of a mesh of data and sequence."""
+    grid = mesh(2, 2, names=("data", "sequence"))
+    engines = [Engine.of(grid["sequence"]), Engine.of(grid["sequence"])]
+    same = [
+        engines[0] is engines[1],
+        Engine.of(grid["data"]) is not engines[0],
+        Engine.of(grid) is not engines[0],
+    ]
+    layout = SequenceLayout("zigzag", TOKENS, 2)
+    random = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(1, n, TOKENS, DIM, generator=random) for n in (HEADS, KV_HEADS, KV_HEADS))
+    whole = [x.transpose(1, 2) for x in (q, k, v, q)]
+    expected = reference.attention(*whole, reference.visible(TOKENS, True, None)).out.transpose(1, 2)  # type: ignore
+    errors = {}
+    for strategy in STRATEGIES:
+        mine = [layout.shard(x, rank % 2, dim=2) for x in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = counterpoint.attention(*mine, mesh=grid["sequence"], layout=layout, forward=strategy)
+        errors[strategy] = reference.error(out, layout.shard(expected, rank % 2, dim=2))
+    return same, errors
+
+
+def test_slices_of_a_mesh_share_an_engine_and_autocast_changes_nothing(gloo: Pools) -> None:
+    """Connections and threads are made once, however often the mesh is sliced; float32 given is float32 computed."""
+    for same, errors in gloo(4).run(on_slices_and_under_autocast):
+        assert all(same)
+        assert max(errors.values()) < 2e-5, errors
+
+
 def counted(rank: int, strategy: str) -> tuple[dict, dict, dict, list[str], float]:
-    """Bytes by link as the transport and the timeline count them; streams; and how far categories are from the wall time."""
+    """Bytes by link as transport and timeline count them; categories; streams; how far they are from the wall time."""
     whole = Whole(rank)
     engine = Engine.of(mesh(4))
     before = dict(engine.transport.sent)  # type: ignore[union-attr]

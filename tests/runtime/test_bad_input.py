@@ -63,7 +63,8 @@ def test_one_process_is_plain_attention() -> None:
     """Whatever strategies were meant for the mesh that is not there."""
     q, k, v = (x.double() for x in qkv(tokens=30))
     expected = reference.attention(
-        *(x.transpose(1, 2) for x in (q, k, v, q)), reference.visible(30, True, None)
+        *(x.transpose(1, 2) for x in (q, k, v, q)),
+        reference.visible(30, True, None),  # type: ignore
     )
     for forward in ("tokenring", "ulysses", ("ring", "tokenring"), "rsa"):
         out = counterpoint.attention(q, k, v, forward=forward)

@@ -1,4 +1,4 @@
-"""The executor: any legal schedule runs to its end with the right values, buffers stay within depth, errors are clear."""
+"""The executor: any legal schedule runs to its end with the right values, within its buffers; errors are clear."""
 
 from __future__ import annotations
 

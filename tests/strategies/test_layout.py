@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +18,7 @@ def layouts(draw: st.DrawFn, kinds=LAYOUTS) -> SequenceLayout:
     tokens = draw(st.integers(1, 120))
     cuts = draw(st.sets(st.integers(1, max(1, tokens - 1)), max_size=6)) if tokens > 1 else set()
     borders = [0, *sorted(cuts), tokens]
-    documents = tuple(b - a for a, b in zip(borders, borders[1:], strict=False)) if cuts else ()
+    documents = tuple(b - a for a, b in itertools.pairwise(borders)) if cuts else ()
     return SequenceLayout(draw(st.sampled_from(kinds)), tokens, draw(st.integers(1, 9)), documents)
 
 

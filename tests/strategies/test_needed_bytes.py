@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,7 +33,7 @@ def cases(draw: st.DrawFn) -> Case:
         tokens=tokens,
         causal=draw(st.booleans()),
         window=draw(st.none() | st.integers(1, 20)),
-        documents=tuple(b - a for a, b in zip(borders, borders[1:], strict=False)) if cuts else (),
+        documents=tuple(b - a for a, b in itertools.pairwise(borders)) if cuts else (),
         layout=draw(st.sampled_from(["contiguous", "zigzag", "striped", "document-zigzag"])),
     )
 
@@ -133,7 +136,7 @@ COUNTS = {
 @settings(max_examples=40)
 @given(case=cases())
 def test_only_what_is_seen_is_sent(strategy: str, case: Case) -> None:
-    case = Case(**{name: getattr(case, name) for name in case.__slots__} | {"forward": strategy})
+    case = replace(case, forward=strategy)
     forward, backward = case.schedules()
     expected = COUNTS[strategy](Seen(case))
     assert planned(forward) == dict(sorted(expected[0].items()))

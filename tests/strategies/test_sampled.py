@@ -7,20 +7,14 @@ from hypothesis import strategies as st
 
 from support.cases import Case, planned, run_case
 
+RINGS = ("ring", "ring(way=-1)", "bidirectional_ring")
+TOKENRINGS = ("tokenring", "tokenring(packets=2)", "tokenring(packets=5, relay=false)")
 STRATEGIES = st.sampled_from(
-    [
-        "ring",
-        "ring(way=-1)",
-        "bidirectional_ring",
-        "tokenring",
-        "tokenring(packets=2)",
-        "tokenring(packets=5, relay=false)",
-    ]
-    + ["allgather", "ulysses", "rsa", "rsa(reduce=reduce_scatter)"]
+    [*RINGS, *TOKENRINGS, "allgather", "ulysses", "rsa", "rsa(reduce=reduce_scatter)"]
 )
+ROUNDING = ("ring", "bidirectional_ring", "tokenring", "allgather")
 ROUNDED = st.sampled_from(
-    ["ring(wire_dtype=bfloat16)", "bidirectional_ring(wire_dtype=bfloat16)", "tokenring(wire_dtype=bfloat16)"]
-    + ["tokenring(packets=3, wire_dtype=bfloat16)", "allgather(wire_dtype=bfloat16)"]
+    [*(f"{name}(wire_dtype=bfloat16)" for name in ROUNDING), "tokenring(packets=3, wire_dtype=bfloat16)"]
 )
 MESHES = [(1,), (2,), (3,), (4,), (5,), (8,), (2, 2), (2, 3), (3, 2), (4, 2), (2, 2, 2), (1, 3), (2, 1, 2)]
 

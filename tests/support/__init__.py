@@ -1,3 +1,5 @@
-"""What tests share: `from support.ranks import ...` (ranks as threads), `support.processes` (ranks as gloo processes),
-`support.reference` (attention of one process in float64), `support.cases` (a whole attention problem, run and compared).
+"""What tests share, as `from support.ranks import ...`.
+
+ranks: ranks as threads. processes: ranks as gloo processes. reference: attention of one process in float64.
+cases: a whole attention problem, run and compared. grid: a small set of cases that covers all pairs of factors.
 """

@@ -120,7 +120,7 @@ def run_case(case: Case, seed: int = 0) -> Outcome:
         )
 
     seen = reference.visible(case.tokens, case.causal, case.window, case.documents)
-    expected = reference.attention(*whole.values(), seen, case.scale)
+    expected = reference.attention(whole["q"], whole["k"], whole["v"], whole["dout"], seen, case.scale)
     results = {"out": made, "dq": grads, "dk": grads, "dv": grads}
     if all("lse" in outputs for rank, outputs in enumerate(made) if layout.local_tokens(rank)):
         results["lse"] = made

@@ -26,14 +26,14 @@ def pairwise(factors: list[tuple]) -> list[tuple]:
     rows = []
     everything = list(product(*factors))
     while pairs:
-
-        def gain(row: tuple) -> int:
-            return sum((i, row[i], j, row[j]) in pairs for i, j in combinations(range(len(row)), 2))
-
-        best = max(everything, key=gain)
-        pairs -= {(i, best[i], j, best[j]) for i, j in combinations(range(len(best)), 2)}
+        best = max(everything, key=lambda row: sum(pair in pairs for pair in _pairs_of(row)))
+        pairs -= set(_pairs_of(best))
         rows.append(best)
     return rows
+
+
+def _pairs_of(row: tuple) -> list[tuple]:
+    return [(i, row[i], j, row[j]) for i, j in combinations(range(len(row)), 2)]
 
 
 def case(strategy: str, world_size: int, heads: str, mask: str, layout: str, length: str) -> Case:

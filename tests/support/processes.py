@@ -39,7 +39,7 @@ class Workers:
     """`world_size` processes in one gloo group. store: "parent" keeps the rendezvous store here, "rank0" in rank 0."""
 
     def __init__(self, world_size: int, *, store: str = "parent") -> None:
-        import torch.distributed as dist
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
@@ -47,9 +47,7 @@ class Workers:
         )
         self.world_size = world_size
         self.store = (
-            dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            if store == "parent"
-            else None
+            TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if store == "parent" else None
         )
         pipes = [context.Pipe() for _ in range(world_size)]
         self.pipes = [here for here, _ in pipes]
@@ -82,7 +80,7 @@ class Workers:
             pipe.send((code.co_filename, job.__qualname__, args))
 
     def outcomes(self, timeout: float) -> dict[int, tuple[str, Any]]:
-        """What the ranks answered within `timeout` seconds: ("result", value) or ("error", traceback); others are missing."""
+        """What the ranks answered in time: ("result", value), ("error", traceback) or ("lost", exit code)."""
         answers: dict[int, tuple[str, Any]] = {}
         open_pipes, deadline = (
             dict(zip(self.pipes, range(self.world_size), strict=True)),
@@ -156,15 +154,16 @@ def _mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> Any:
 def _work(rank: int, world_size: int, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     torch.set_num_threads(1)
     sys.path.insert(0, str(TESTS))
     port = pipe.recv()
     if port is None:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         pipe.send(store.port)
     else:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        store = TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     pipe.send(("result", None))
     modules: dict[str, ModuleType] = {}

@@ -148,8 +148,8 @@ class Ranks:
         """Execute every rank's schedule at once; outputs by rank. Raises what a rank raised first, or on deadlock."""
         lines = timelines or [None] * len(schedules)
         futures = [
-            self.threads.submit(executor.run, *args)
-            for executor, *args in zip(self.executors, schedules, inputs, lines, strict=True)
+            self.threads.submit(executor.run, schedule, given, line)
+            for executor, schedule, given, line in zip(self.executors, schedules, inputs, lines, strict=True)
         ]
         _, late = wait(futures, self.network.timeout + 10)
         for rank in range(len(futures)) if late else ():

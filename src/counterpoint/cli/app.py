@@ -12,7 +12,9 @@ from counterpoint.cli.demo import demo
 from counterpoint.cli.emulate import emulate, emulate_worker
 from counterpoint.cli.export import export
 from counterpoint.cli.generate import generate
+from counterpoint.cli.plan import plan
 from counterpoint.cli.report import report
+from counterpoint.cli.reproduce import reproduce, reproduce_worker
 from counterpoint.cli.schedule import schedule
 from counterpoint.cli.train import train
 from counterpoint.cli.verify import verify, verify_worker
@@ -51,7 +53,10 @@ app.command("verify-worker", hidden=True)(verify_worker)
 app.command()(schedule)
 app.command()(report)
 app.add_typer(cluster, name="cluster")
+app.add_typer(plan, name="plan")
 app.command()(calibrate)
 app.command()(demo)
 app.command()(emulate)
+app.command()(reproduce)
+app.command("reproduce-worker", hidden=True)(reproduce_worker)
 app.command("emulate-worker", hidden=True)(emulate_worker)

@@ -1,0 +1,116 @@
+"""`counterpoint plan`: choose by simulation."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+plan = typer.Typer(no_args_is_help=True, help="Choose a strategy by simulating all of them.")
+
+
+class Phase(StrEnum):
+    train = "train"
+    prefill = "prefill"
+
+
+@plan.callback()
+def _plan() -> None:
+    pass
+
+
+@plan.command()
+def attention(
+    model: Annotated[str, typer.Option(help="A Hugging Face config.json, its directory, or a preset.")],
+    cluster: Annotated[str, typer.Option(help="A preset (counterpoint cluster list) or a YAML file.")],
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens, over all ranks.")],
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that share the sequence.", show_default="all")
+    ] = None,
+    cached: Annotated[int, typer.Option(min=0, help="Tokens whose keys and values are on the ranks.")] = 0,
+    phase: Annotated[
+        Phase, typer.Option(help="train: forward and backward; prefill: forward.")
+    ] = Phase.train,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    causal: Annotated[bool, typer.Option()] = True,
+    top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 12,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """Rank the attention strategies for a model on a cluster, with the reason for the first.
+
+    counterpoint plan attention --model smollm2-135m --cluster a10x4-pcie --tokens 24000
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from counterpoint.cluster.presets import find_cluster
+    from counterpoint.planner.attention import Question, plan_attention
+    from counterpoint.strategies.sequence.blocks import AttentionShape
+    from counterpoint.training.model import model_config
+
+    config = model_config(model, None)
+    place = find_cluster(cluster)
+    shape = AttentionShape(
+        batch, config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype
+    )
+    windows = {config.window(layer) for layer in config.layers}
+    window = windows.pop() if len(windows) == 1 else None
+    question = Question(shape, place, ranks or place.world_size, tokens, cached, causal, window, phase.value)
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("simulating", total=None)
+        result = plan_attention(question, lambda done, total: bar.update(task, completed=done, total=total))
+    if as_json:
+        answers = [answer.to_json() for answer in result.answers]
+        typer.echo(
+            json.dumps(
+                {"answers": answers, "refused": dict(result.refused), "reason": result.reason}, indent=1
+            )
+        )
+        return
+    _print(question, result, top)
+
+
+def _print(question, result, top: int) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    shape, console = question.shape, Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a file or a pipe has no width; do not cut names
+    cached = f" behind {question.cached:,} cached" if question.cached else ""
+    title = (
+        f"{question.tokens:,} tokens{cached}, {shape.heads}/{shape.kv_heads} heads of {shape.head_dim}, {shape.dtype}, "
+        f"on {question.ranks} ranks of {question.cluster.name} ({question.phase}), simulated"
+    )
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    train = question.phase == "train"
+    for name in ("", "mesh", "forward", *(["backward"] if train else [])):
+        table.add_column(name, no_wrap=True)
+    for name in ("ms", "to best", "exposed", "sent MB", "pair MB", "peak MB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    best = result.answers[0].seconds
+    for i, a in enumerate(result.answers[:top]):
+        passes = [a.forward, *([a.backward] if a.backward else [])]
+        table.add_row(
+            str(i + 1),
+            "x".join(map(str, a.mesh)) + ("" if a.layout == "zigzag" else f" {a.layout}"),
+            *(p.name for p in passes),
+            f"{a.seconds * 1e3:.2f}",
+            f"{a.seconds / best:.2f}x",
+            f"{a.exposed_seconds * 1e3:.2f}",
+            f"{sum(p.sent_bytes for p in passes) / 1e6:,.1f}",
+            f"{sum(p.link_bytes for p in passes) / 1e6:,.1f}",
+            f"{a.peak_bytes / 1e6:,.0f}",
+        )
+    console.print(table)
+    console.print(
+        "exposed: ms of communication with nothing to compute; sent: by the busiest rank; pair: busiest pair\n"
+    )
+    console.print(f"Why the first:\n{result.reason}", highlight=False, markup=False)
+    for what, why in result.refused[:5]:
+        console.print(f"left out: {what}: {why}", style="dim", markup=False, highlight=False)

@@ -12,7 +12,8 @@ from counterpoint.cluster.device import WORK_CLASSES, Device, MemoryTier
 from counterpoint.cluster.dump import to_file
 from counterpoint.cluster.units import format_quantity
 
-Comments = dict[tuple[str | int, ...], str]
+Place = tuple[str | int | float, ...]
+Comments = dict[Place, str]
 LARGE = 2**20  # bytes from which a message shows bandwidth rather than latency
 BUSY = 0.9  # below this share of a core, other programs were running
 
@@ -57,7 +58,7 @@ def stream_figures(calibration: Calibration) -> dict[int, dict[str, Point]]:
 def _device(name: str, size: int, series: Mapping[str, Series], comments: Comments) -> Device:
     """Series are named kind or kind/dtype; what has no dtype is float32."""
     launches = [s for kind, s in series.items() if kind.startswith("launch")]
-    launch = min(s.points[0].typical for s in launches)
+    launch = min(s.points[0].quiet for s in launches)
     comments["devices", name, "launch"] = launches[0].points[0].spread()
     rates: dict[str, dict[str, Curve]] = {}
     memory: list[MemoryTier] = []
@@ -89,10 +90,10 @@ def _process_level(
     both = pooled([there, back])
     quickest = both.times()[0]
     # a there-and-back of a small message is two latencies; noise must not make the first point shorter than one
-    latency = min(series["latency"].points[0].typical / 2, 0.47 * quickest)
+    latency = min(series["latency"].points[0].quiet / 2, 0.47 * quickest)
     curve = both.curve(latency)
     exchange = series["exchange"]
-    totals = sorted(ranks * p.size / max(p.typical - latency, 0.1 * p.typical) for p in _large(exchange))
+    totals = sorted(ranks * p.size / max(p.quiet - latency, 0.1 * p.quiet) for p in _large(exchange))
     bandwidth = max(totals[len(totals) // 2], curve.maximum)
     place = ("levels", 0)
     comments[*place, "latency"] = "half of 1 byte there and back; " + series["latency"].points[0].spread()
@@ -132,7 +133,7 @@ def _large(series: Series) -> list[Point]:
     return [p for p in series.points if p.size >= LARGE] or [series.points[-1]]
 
 
-def _note(comments: Comments, place: tuple[str | int, ...], series: Series) -> None:
+def _note(comments: Comments, place: Place, series: Series) -> None:
     for point in series.points:
         comments[*place, point.size] = f"{point.label}; {point.spread()}"
 
@@ -144,8 +145,8 @@ def _about(c: Calibration) -> str:
 
 def _sources(c: Calibration) -> dict[str, str]:
     how = (
-        "every figure is the lower quartile of its runs; comments give the best, the median and the worst, relative "
-        "to it"
+        "every figure is the lower decile of its runs; beside it stands by how much the best, the median and the "
+        "worst time differ from it"
     )
     measured = (
         f"{c.date} on host {c.machine.host}, torch {c.machine.torch}{', --quick' if c.quick else ''}; {how}"

@@ -26,21 +26,19 @@ def measure_links(transport: Transport, effort: Effort, advance: Advance) -> dic
     n = bench.world_size
     found: dict[str, Series] = {}
 
-    def series(name: str, cases: Iterable[tuple[int, str, Callable[[], None]]]) -> None:
+    def series(name: str, cases: Iterable[tuple[int, str, Callable[[], object]]]) -> None:
         points = []
         for size, label, run in cases:
             advance(f"{name}, {label}")
             points.append(bench.point(run, size, label))
         found[name] = Series("bytes", tuple(points))
 
-    small, empty = torch.zeros(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
-    series("link/latency", [(1, "1 byte there and back", lambda: bench.there_and_back(small, small, 0, 1))])
+    series("link/latency", [(1, "1 byte there and back", bench.there_and_back(1, 0, 1))])
     for source, to in ((0, 1), (1, 0)):
-        cases = []
-        for size in sizes:
-            data = torch.zeros(size, dtype=torch.uint8)
-            label = f"{_size(size)} from rank {source} to {to}, 1 byte back"
-            cases.append((size, label, lambda d=data, s=source, t=to: bench.there_and_back(d, empty, s, t)))
+        cases = [
+            (k, f"{_size(k)} from rank {source} to {to}, 1 byte back", bench.there_and_back(k, source, to))
+            for k in sizes
+        ]
         series(f"link/{source}-{to}", cases)
     series("link/exchange", [(k, f"{_size(k)} to the next of {n}", bench.exchange(k)) for k in sizes])
     each = [k for k in sizes if k >= 2**13]
@@ -64,7 +62,7 @@ class _Bench:
         self.transport, self.effort = transport, effort
         self.rank, self.world_size = transport.rank, len(transport.ranks)
 
-    def point(self, run: Callable[[], None], size: int, label: str) -> Point:
+    def point(self, run: Callable[[], object], size: int, label: str) -> Point:
         first = min(self._timed(run) for _ in range(3))
         count = torch.tensor([min(200, max(LEAST, int(self.effort.seconds / first)))])
         dist.broadcast(count, 0)
@@ -72,55 +70,67 @@ class _Bench:
         dist.all_reduce(times, dist.ReduceOp.MAX)  # it is over when the last rank is done
         return Point.of(size, label, times.tolist())
 
-    def _timed(self, run: Callable[[], None]) -> float:
+    def _timed(self, run: Callable[[], object]) -> float:
         """Seconds on this rank. The barrier ends at different moments on the ranks, as steps of a schedule do."""
         dist.barrier()
         began = time.perf_counter()
         run()
         return time.perf_counter() - began
 
-    def there_and_back(self, there: torch.Tensor, back: torch.Tensor, source: int, to: int) -> None:
-        t = self.transport
-        if t.rank == source:
-            answer = t.irecv([back], to, CHANNEL)
-            t.wait(t.isend([there], to, CHANNEL))
-            t.wait(answer)
-        elif t.rank == to:
-            t.wait(t.irecv([there], source, CHANNEL))
-            t.wait(t.isend([back], source, CHANNEL))
-
-    def exchange(self, size: int) -> Callable[[], None]:
-        """Every rank sends to the next one and receives from the one before."""
-        t, n = self.transport, self.world_size
-        out, into = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    def there_and_back(self, size: int, source: int, to: int) -> Callable[[], object]:
+        """A message from one rank to another, and a byte as the answer."""
+        t, data, byte = self.transport, _bytes(size), _bytes(1)
 
         def run() -> None:
-            arriving = t.irecv([into], (t.rank - 1) % n, CHANNEL)
-            t.wait(t.isend([out], (t.rank + 1) % n, CHANNEL) + arriving)
+            if t.rank == source:
+                answer = t.irecv([_room(1)], to, CHANNEL)
+                t.wait(t.isend([data], to, CHANNEL))
+                t.wait(answer)
+            elif t.rank == to:
+                t.wait(t.irecv([_room(size)], source, CHANNEL))
+                t.wait(t.isend([byte], source, CHANNEL))
 
         return run
 
-    def everyone(self, part: int, same: bool) -> Callable[[], None]:
+    def exchange(self, size: int) -> Callable[[], object]:
+        """Every rank sends to the next one and receives from the one before."""
+        t, n, data = self.transport, self.world_size, _bytes(size)
+
+        def run() -> None:
+            arriving = t.irecv([_room(size)], (t.rank - 1) % n, CHANNEL)
+            t.wait(t.isend([data], (t.rank + 1) % n, CHANNEL) + arriving)
+
+        return run
+
+    def everyone(self, part: int, same: bool) -> Callable[[], object]:
         """As the runtime carries out collectives: a message between every pair; the same one for all, or not."""
         t = self.transport
         peers = [r for r in range(self.world_size) if r != self.rank]
-        into = {r: torch.zeros(part, dtype=torch.uint8) for r in peers}
-        shared = torch.zeros(part, dtype=torch.uint8)
-        out = {r: shared if same else torch.zeros(part, dtype=torch.uint8) for r in peers}
+        shared = _bytes(part)
+        data = {r: shared if same else _bytes(part) for r in peers}
 
         def run() -> None:
-            waiting = [h for r in peers for h in t.irecv([into[r]], r, CHANNEL)]
-            waiting += [h for r in peers for h in t.isend([out[r]], r, CHANNEL)]
+            waiting = [h for r in peers for h in t.irecv([_room(part)], r, CHANNEL)]
+            waiting += [h for r in peers for h in t.isend([data[r]], r, CHANNEL)]
             t.wait(waiting)
 
         return run
 
-    def library(self, kind: str, size: int) -> Callable[[], None]:
+    def library(self, kind: str, size: int) -> Callable[[], object]:
         """As training calls them: torch.distributed's own."""
         values = torch.zeros(size // 4)
         if kind == "all_reduce":
             return lambda: dist.all_reduce(values)
         return lambda: dist.broadcast(values, 0)
+
+
+def _bytes(size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.uint8)
+
+
+def _room(size: int) -> torch.Tensor:
+    """Memory to receive into, fetched when the message is awaited, as the runtime does."""
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def _size(nbytes: int) -> str:

@@ -33,9 +33,9 @@ class Point:
         return self.seconds[round(share * (len(self.seconds) - 1))]
 
     @property
-    def typical(self) -> float:
-        """The lower quartile: what other programs on the machine disturb only if they disturb most of the runs."""
-        return self.quantile(0.25)
+    def quiet(self) -> float:
+        """The lower decile: the time on a quiet machine, unless other programs disturbed nine runs in ten."""
+        return self.quantile(0.1)
 
     @property
     def best(self) -> float:
@@ -46,11 +46,9 @@ class Point:
         return self.quantile(0.5)
 
     def spread(self) -> str:
-        """How the other times lie around the typical one."""
-        if len(self.seconds) == 1:
-            return "1 run"
-        away = [(t / self.typical - 1) * 100 for t in (self.best, self.median, self.seconds[-1])]
-        return f"{len(self.seconds)} runs, time {away[0]:+.0f} % best, {away[1]:+.0f} % median, {away[2]:+.0f} % worst"
+        """The number of runs, and by how much (%) the best, the median and the worst time differ from `quiet`."""
+        best, median, worst = ((t / self.quiet - 1) * 100 for t in (self.best, self.median, self.seconds[-1]))
+        return f"{len(self.seconds)} runs, {best:+.0f} {median:+.0f} {worst:+.0f} %"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +59,14 @@ class Series:
     points: tuple[Point, ...]
 
     def times(self) -> list[float]:
-        """Typical time (s) of every point, never falling with the size.
+        """Time (s) of every point on a quiet machine, never falling with the size.
 
         Disturbance only ever adds time, so a size that took longer than a larger one is corrected, not the other.
         """
         found: list[float] = []
         for point in reversed(self.points):
             # strictly smaller, so that rounding in a file does not turn the order around
-            found.append(min([point.typical, *(t * 0.9999 for t in found[-1:])]))
+            found.append(min([point.quiet, *(t * 0.9999 for t in found[-1:])]))
         return found[::-1]
 
     def curve(self, overhead: float = 0.0) -> Curve:

@@ -71,7 +71,7 @@ def _rates_table(calibration: Calibration) -> Table:
                 table.add_row(f"{device}: {_TITLES[kind]} {dtype}".strip(), *_row(series))
             elif kind == "launch":
                 point = series.points[0]
-                launch = format_quantity(point.typical, "seconds")
+                launch = format_quantity(point.quiet, "seconds")
                 table.add_row(f"{device}: launch", launch, "", "", _spread(point))
     return table
 
@@ -98,9 +98,9 @@ def _rate(unit: Unit, point: Point) -> str:
     per_second: Dimension = "flops_per_second" if unit == "flops" else "bytes_per_second"
     of: Dimension = "flops" if unit == "flops" else "bytes"
     size = format_quantity(point.size, of).removesuffix("FLOP").strip()
-    return f"{format_quantity(point.size / point.typical, per_second).replace('FLOP/s', 'F/s')} @ {size}"
+    return f"{format_quantity(point.size / point.quiet, per_second).replace('FLOP/s', 'F/s')} @ {size}"
 
 
 def _spread(point: Point) -> str:
-    """Best and median time against the typical one: the worst says more of the machine's other work."""
-    return f"{point.best / point.typical - 1:+.0%} to {point.median / point.typical - 1:+.0%}"
+    """Best and median time against the figure: the worst says more of the machine's other work."""
+    return f"{point.best / point.quiet - 1:+.0%} to {point.median / point.quiet - 1:+.0%}"

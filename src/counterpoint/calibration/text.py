@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from counterpoint.calibration.describe import Comments, describe, plain
+from counterpoint.calibration.describe import Comments, Place, describe, plain
 from counterpoint.calibration.measurement import Calibration
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.cluster.load import parse_cluster
@@ -26,7 +26,7 @@ def cluster_text(calibration: Calibration) -> tuple[str, Cluster]:
     return text, parse_cluster(text, "the calibrated cluster")
 
 
-def _lines(value: Any, place: tuple[str | int, ...], comments: Comments, indent: str) -> list[str]:
+def _lines(value: Any, place: Place, comments: Comments, indent: str) -> list[str]:
     """A mapping or list as YAML lines, each scalar with the comment of its place."""
     lines = []
     entries = value.items() if isinstance(value, dict) else enumerate(value)

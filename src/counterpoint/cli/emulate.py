@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,10 +21,21 @@ class Compute(StrEnum):
     real = "real"
 
 
+_PASSES: dict[Passes, tuple[Literal["forward", "backward"], ...]] = {
+    Passes.forward: ("forward",),
+    Passes.backward: ("backward",),
+    Passes.both: ("forward", "backward"),
+}
+
+
 def emulate(
     cluster: Annotated[str, typer.Option(help="A preset (counterpoint cluster list) or a YAML file.")],
-    strategy: Annotated[str, typer.Option("--strategy", "-s", help='tokenring, "ring/ulysses", ...')] = "tokenring",
-    backward: Annotated[str | None, typer.Option(help="Of the backward pass.", show_default="as --strategy")] = None,
+    strategy: Annotated[
+        str, typer.Option("--strategy", "-s", help='tokenring, "ring/ulysses", ...')
+    ] = "tokenring",
+    backward: Annotated[
+        str | None, typer.Option(help="Of the backward pass.", show_default="as --strategy")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2)] = 24_000,
     heads: Annotated[int, typer.Option(min=1)] = 32,
     kv_heads: Annotated[int | None, typer.Option(min=1, show_default="as heads")] = None,
@@ -44,9 +55,12 @@ def emulate(
         ),
     ] = None,
     factor: Annotated[
-        float | None, typer.Option(min=1.0, help="How many times slower than the cluster.", show_default="chosen")
+        float | None,
+        typer.Option(min=1.0, help="How many times slower than the cluster.", show_default="chosen"),
     ] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="Measured runs.")] = 3,
+    repetitions: Annotated[
+        int | None, typer.Option(min=1, help="Measured runs.", show_default="3, or 1 if real")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A directory for the page, timelines and figures.")
     ] = None,
@@ -66,8 +80,8 @@ def emulate(
     from counterpoint.cli.schedule import _numbers
     from counterpoint.cluster.presets import find_cluster
     from counterpoint.emulation.emulate import emulate as run
-    from counterpoint.emulation.emulate import to_json
-    from counterpoint.emulation.report import emulation_table, write_directory
+    from counterpoint.emulation.report import emulation_table, steps_table, write_directory
+    from counterpoint.emulation.result import to_json
     from counterpoint.strategies.sequence.attention import AttentionProblem, parse_choices
     from counterpoint.strategies.sequence.blocks import AttentionShape
     from counterpoint.strategies.sequence.layout import SequenceLayout
@@ -94,10 +108,10 @@ def emulate(
         result = run(
             found,
             problem,
-            passes=("forward", "backward") if which is Passes.both else (which.value,),
-            compute=compute.value,
+            passes=_PASSES[which],
+            compute="real" if compute is Compute.real else "timed",
             slowdown=factor,
-            repetitions=repetitions,
+            repetitions=repetitions or (1 if compute is Compute.real else 3),
             environ=os.environ,
             say=status.update,
         )
@@ -107,7 +121,8 @@ def emulate(
     if as_json:
         typer.echo(json.dumps(to_json(result), indent=1))
     else:
-        Console().print(emulation_table(result))
+        tables = (emulation_table(result), steps_table(result))
+        Console().print(*(table for table in tables if table is not None), sep="\n")
 
 
 def emulate_worker(job: Path) -> None:

@@ -7,14 +7,14 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.emulation import network
 from counterpoint.emulation.namespaces import Namespaces
+from counterpoint.emulation.result import Compute, Emulation, PassResult
 from counterpoint.emulation.scale import (
     LINK_BYTES_PER_SECOND,
     PASS_SECONDS,
@@ -33,51 +33,6 @@ from counterpoint.schedule.schedule import Schedule
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.simulator.simulate import simulate
 from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, forward_schedule
-
-Compute = Literal["timed", "real"]
-
-
-@dataclass(frozen=True, slots=True)
-class PassResult:
-    """One pass: what was measured on the scale model (all repetitions, s), and what was simulated (s).
-
-    timelines: of the repetition in the middle, and of the scale model's simulation.
-    """
-
-    which: Pass
-    measured: tuple[float, ...]
-    simulated: float
-    real: float
-    sent_bytes: int
-    sent_bytes_expected: int
-    measured_timeline: Timeline
-    simulated_timeline: Timeline
-    real_timeline: Timeline
-
-    @property
-    def seconds(self) -> float:
-        return median(self.measured)
-
-    @property
-    def error(self) -> float:
-        """Measured over simulated, less one."""
-        return self.seconds / self.simulated - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Emulation:
-    """A run on a scale model. problem: what ran on it; target: what it stands for."""
-
-    cluster: Cluster
-    target: AttentionProblem
-    problem: AttentionProblem
-    compute: Compute
-    scale: Scale
-    latency_seconds: float
-    passes: tuple[PassResult, ...]
-    wires: int
-    worst_difference: float | None = None
-    notes: tuple[str, ...] = field(default=())
 
 
 def emulate(
@@ -104,10 +59,11 @@ def emulate(
     cluster = cluster.subset(world_size)
     if not 2 <= world_size <= network.MOST_RANKS:
         raise ValueError(f"a scale model has 2 to {network.MOST_RANKS} ranks; {world_size} were asked for")
-    target = {which: _schedules(problem, which) for which in passes}
+    target: dict[Pass, list[Schedule]] = {which: _schedules(problem, which) for which in passes}
     real = {which: simulate(target[which], cluster) for which in passes}
     everything = [s for which in passes for s in target[which]]
     longest = max(t.seconds for t in real.values())
+    seconds: dict[Pass, list[list[float]]]
     if compute == "timed":
         small, scale = _timed_scale(cluster, problem, passes, target, everything, longest, slowdown)
         seconds = {
@@ -118,7 +74,7 @@ def emulate(
         from counterpoint.emulation.real import real_scale
 
         say("measuring what the kernels take on this machine")
-        small, scale, seconds = real_scale(cluster, problem, passes, target, slowdown)
+        small, scale, seconds = real_scale(cluster, problem, passes, target, longest, slowdown)
     schedules = {which: _schedules(small, which) for which in passes}
     rates = {pair: rate / scale.rates for pair, rate in pair_rates(cluster, everything).items()}
     model = scaled_cluster(cluster, scale, 0.0)
@@ -243,13 +199,9 @@ def _result(
         sum(sent.values()),
         sum(bytes_by_pair(target).values()),
         middle,
-        replace_meta(simulated, middle.meta),
+        replace(simulated, meta={**simulated.meta, **middle.meta}),
         real,
     )
-
-
-def replace_meta(timeline: Timeline, meta: dict[str, Any]) -> Timeline:
-    return replace(timeline, meta={**timeline.meta, **meta})
 
 
 @contextmanager
@@ -276,42 +228,3 @@ def _stoppable() -> Iterator[None]:
         stopping = True
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def write_json(emulation: Emulation, path: Path) -> None:
-    path.write_text(json.dumps(to_json(emulation), indent=1) + "\n")
-
-
-def to_json(emulation: Emulation) -> dict[str, Any]:
-    """The figures of a run as plain JSON values."""
-    e = emulation
-    return {
-        "cluster": e.cluster.name,
-        "ranks": e.cluster.world_size,
-        "compute": e.compute,
-        "strategy": {
-            "forward": "/".join(map(str, e.target.forward)),
-            "backward": "/".join(map(str, e.target.backward)),
-        },
-        "tokens": e.target.layout.tokens,
-        "tokens_on_scale_model": e.problem.layout.tokens,
-        "slowdown": e.scale.slowdown,
-        "bytes_divided_by": e.scale.shrink,
-        "rates_divided_by": e.scale.rates,
-        "latency_seconds": e.latency_seconds,
-        "links": e.wires,
-        "worst_difference": e.worst_difference,
-        "passes": {
-            p.which: {
-                "measured_seconds": p.seconds,
-                "measured_all_seconds": list(p.measured),
-                "simulated_seconds": p.simulated,
-                "error": p.error,
-                "cluster_simulated_seconds": p.real,
-                "cluster_measured_seconds": p.seconds / e.scale.slowdown,
-                "sent_bytes": p.sent_bytes,
-                "cluster_sent_bytes": p.sent_bytes_expected,
-            }
-            for p in e.passes
-        },
-    }

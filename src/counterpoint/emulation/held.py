@@ -39,9 +39,7 @@ class Held(Kernel):
         aliases, made = self.aliases, []
         for i, spec in enumerate(self.outputs(*specs)):
             shared = inputs[aliases[i]] if i in aliases else None
-            made.append(
-                torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) if shared is None else shared
-            )
+            made.append(torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) if shared is None else shared)
         while (left := until - perf_counter()) > 0:
             sleep(left)
         return tuple(made)

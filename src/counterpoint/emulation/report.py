@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from counterpoint.emulation.emulate import Emulation, PassResult, to_json
+from counterpoint.emulation.published import published
+from counterpoint.emulation.result import Emulation, PassResult, attention_steps, to_json
 from counterpoint.report.page import write_report
 from counterpoint.report.sections import Section, Table
 from counterpoint.report.units import format_seconds
@@ -14,6 +15,10 @@ from counterpoint.report.units import format_seconds
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+_STEPS_TEXT = (
+    "Times between the starts of a rank's attention kernels. Measured and simulated: of the scale model, divided by "
+    "its slowdown."
+)
 COLUMNS = ("pass", "on", "measured", "simulated", "difference", "bytes sent")
 
 
@@ -44,6 +49,27 @@ def rows(emulation: Emulation) -> list[tuple[str, ...]]:
             )
         )
     return found
+
+
+STEP_COLUMNS = ("attention step", "measured", "simulated", "on the cluster", "published")
+
+
+def step_rows(emulation: Emulation) -> list[tuple[str, ...]]:
+    """Cells of a table of the forward pass, where figures of its steps are published; all times the cluster's."""
+    known = published(emulation.cluster.name, emulation.target)
+    forward = next((p for p in emulation.passes if p.which == "forward"), None)
+    if known is None or forward is None:
+        return []
+    slowdown = emulation.scale.slowdown
+    columns = (
+        [t / slowdown for t in attention_steps(forward.measured_timeline)],
+        [t / slowdown for t in attention_steps(forward.simulated_timeline)],
+        attention_steps(forward.real_timeline),
+        known.step_seconds,
+    )
+    return [
+        (str(i), *(format_seconds(t) for t in times)) for i, times in enumerate(zip(*columns, strict=True), 1)
+    ]
 
 
 def summary(emulation: Emulation) -> str:
@@ -78,6 +104,25 @@ def emulation_table(emulation: Emulation) -> RichTable:
     return table
 
 
+def steps_table(emulation: Emulation) -> RichTable | None:
+    """The table of published figures; None where none are known."""
+    from rich.table import Table as RichTable
+
+    found = step_rows(emulation)
+    if not found:
+        return None
+    known = published(emulation.cluster.name, emulation.target)
+    assert known is not None
+    table = RichTable(
+        title="Published figures", caption=f"{_STEPS_TEXT} {known.source}.", title_justify="left"
+    )
+    for column in STEP_COLUMNS:
+        table.add_column(column, justify="right")
+    for row in found:
+        table.add_row(*row)
+    return table
+
+
 def write_directory(emulation: Emulation, directory: Path) -> Path:
     """Write the page with measured and simulated side by side, the timelines and the figures; returns the page."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -91,12 +136,16 @@ def _write_pass(emulation: Emulation, result: PassResult, directory: Path) -> Pa
     result.measured_timeline.write(directory / f"{name}-measured.json")
     result.simulated_timeline.write(directory / f"{name}-simulated.json")
     result.real_timeline.write(directory / f"{name}-cluster.json")
-    section = Section(
-        "Scale model", summary(emulation), Table(COLUMNS, rows(emulation)), before_timelines=True
-    )
+    sections = [
+        Section("Scale model", summary(emulation), Table(COLUMNS, rows(emulation)), before_timelines=True)
+    ]
+    if steps := step_rows(emulation):
+        sections.append(
+            Section("Published figures", _STEPS_TEXT, Table(STEP_COLUMNS, steps), before_timelines=True)
+        )
     return write_report(
         directory / ("report.html" if len(emulation.passes) == 1 else f"report-{name}.html"),
         {"simulated": result.simulated_timeline, "measured": result.measured_timeline},
         title=f"{name} {'/'.join(map(str, emulation.target.forward))} on a scale model of {emulation.cluster.name}",
-        sections=[section],
+        sections=sections,
     )

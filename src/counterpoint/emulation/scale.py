@@ -100,7 +100,7 @@ def shrunk(problem: AttentionProblem, shrink: float, dtype: str | None = None) -
 
 
 def same_steps(first: Sequence[Schedule], second: Sequence[Schedule]) -> bool:
-    """Whether two sets of schedules have the same kinds of steps, with the same peers and readers, in the same order."""
+    """Whether two sets of schedules have the same kinds of steps, peers and values, in the same order."""
     return len(first) == len(second) and all(_outline(a) == _outline(b) for a, b in zip(first, second))
 
 
@@ -183,5 +183,3 @@ def _rebased(curve: Curve | None, old_latency: float, scale: Scale, latency: flo
     if flowing.is_constant:
         return flowing
     return Curve(tuple((size, size / (size / rate + latency)) for size, rate in flowing.points))
-
-

@@ -73,6 +73,7 @@ def work(job: Job, rank: int) -> None:
     enter(job.namespaces[rank])
     import torch
     import torch.distributed as dist
+    from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
     from counterpoint.runtime.executor import Executor
     from counterpoint.runtime.transport import Transport
@@ -80,7 +81,7 @@ def work(job: Job, rank: int) -> None:
 
     torch.set_num_threads(1)
     world_size = job.problem.layout.world_size
-    store = dist.FileStore(str(Path(job.directory, "store")), world_size)
+    store = FileStore(str(Path(job.directory, "store")), world_size)
     patience = timedelta(seconds=job.timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
     transport = Transport(range(world_size), rank, timeout=job.timeout)
@@ -88,7 +89,9 @@ def work(job: Job, rank: int) -> None:
     executor = Executor(transport)
     given = _inputs(job, rank)
     results: dict[str, Tensor] = {}
-    for which in job.passes if job.held else ("forward", *job.passes[job.passes != ("forward",) :]):
+    # the backward pass computes with what the forward pass left
+    passes = job.passes if job.held or "forward" in job.passes else ("forward", *job.passes)
+    for which in passes:
         schedule = job.schedule(which, rank)
         for repetition in range(job.repetitions + 1):
             timeline = Timeline("measured")

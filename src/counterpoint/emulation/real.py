@@ -1,0 +1,154 @@
+"""A scale model whose kernels compute: what they take on this machine sets the scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from counterpoint.cluster.cluster import Cluster
+from counterpoint.emulation.scale import (
+    PASS_SECONDS,
+    Scale,
+    bytes_by_pair,
+    choose_rates,
+    shrunk,
+    step_seconds,
+)
+from counterpoint.emulation.worker import Job, Pass, full_inputs
+from counterpoint.kernels.kernel import Kernel, TensorSpec, torch_dtype
+from counterpoint.schedule.schedule import Compute, Schedule
+from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, forward_schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPE = "float32"  # what CPUs compute fast in
+PROBE_TOKENS = 1024  # of the attention whose speed says how much this machine can do in a pass
+MOST_SECONDS = 20.0  # a pass that would compute longer is refused
+LONG_SECONDS = 0.3  # a kernel that takes so long is measured once
+FASTER = 2.0  # how much faster links may be than in a timed model: fewer ranks share this machine
+
+Seconds = dict[Pass, list[list[float]]]
+
+
+def real_scale(
+    cluster: Cluster,
+    problem: AttentionProblem,
+    passes: Sequence[Pass],
+    target: Mapping[Pass, list[Schedule]],
+    longest: float,
+    slowdown: float | None,
+) -> tuple[AttentionProblem, Scale, Seconds]:
+    """The problem that runs here, its scale, and what every step is expected to take here (s).
+
+    longest: the time (s) of the longest pass on the cluster. Raises ValueError when this machine would have to
+    compute too long to keep the proportion between compute and links.
+    """
+    everything = [s for which in passes for s in target[which]]
+    flops = {which: max(_flops(s) for s in target[which]) for which in passes}
+    on_target = {which: max(sum(step_seconds(cluster, s)) for s in target[which]) for which in passes}
+    which = max(passes, key=lambda p: flops[p])
+    here = flops[which] / _flops_per_second(problem)  # the whole sequence, on this machine
+    needed = choose_rates(cluster, everything, longest) / FASTER
+    item = torch_dtype(problem.shape.dtype).itemsize / torch_dtype(DTYPE).itemsize
+    # tokens / s: compute falls with s squared, bytes with s, so rates are divided by (here / on_target) / s
+    shorter = min((here / PASS_SECONDS) ** 0.5, here / on_target[which] * item / needed)
+    if here / max(1.0, shorter) ** 2 > MOST_SECONDS:
+        raise ValueError(
+            f"to keep the proportion between compute and links, this machine would compute "
+            f"{here / max(1.0, shorter) ** 2:.0f} s per pass; use --compute timed, or fewer tokens"
+        )
+    small = shrunk(problem, max(1.0, shorter), DTYPE)
+    schedules = {p: _schedules(small, p) for p in passes}
+    costs: dict[tuple[Kernel, tuple[TensorSpec, ...]], float] = {}
+    seconds: Seconds = {p: [_measure(s, costs) for s in schedules[p]] for p in passes}
+    ratio = max(sum(t) for t in seconds[which]) / on_target[which]
+    sent = sum(sum(bytes_by_pair(target[p]).values()) for p in passes)
+    sent_small = sum(sum(bytes_by_pair(schedules[p]).values()) for p in passes)
+    shrink = sent / sent_small if sent_small else 1.0
+    return small, Scale(slowdown or ratio, shrink), seconds
+
+
+def worst_difference(job: Job) -> float:
+    """Largest difference of a result from torch's attention on one process, relative to the largest value."""
+    import torch
+
+    problem, ranks = job.problem, range(job.problem.layout.world_size)
+    parts = [torch.load(job.results_file(rank)) for rank in ranks]
+    results = {
+        name: problem.layout.unshard([part[name] for part in parts], dim=1)
+        for name in parts[0]
+        if all(name in part for part in parts)
+    }
+    whole = {name: x.transpose(1, 2) for name, x in full_inputs(problem).items()}
+    q, k, v = (whole[name].requires_grad_() for name in ("q", "k", "v"))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=problem.causal, enable_gqa=True)
+    expected = {"out": out}
+    if "dq" in results:
+        expected |= dict(
+            zip(("dq", "dk", "dv"), torch.autograd.grad(out, (q, k, v), whole["dout"]), strict=True)
+        )
+    return max(
+        ((results[name] - x.transpose(1, 2)).abs().max() / x.abs().max()).item()
+        for name, x in expected.items()
+    )
+
+
+def _schedules(problem: AttentionProblem, which: Pass) -> list[Schedule]:
+    write = forward_schedule if which == "forward" else backward_schedule
+    return [write(problem, rank) for rank in range(problem.layout.world_size)]
+
+
+def _flops(schedule: Schedule) -> int:
+    return sum(
+        step.kernel.work(*(schedule.values[name].spec for name in step.inputs)).flops
+        for step in schedule.steps
+        if isinstance(step, Compute)
+    )
+
+
+def _flops_per_second(problem: AttentionProblem) -> float:
+    """What attention of the problem's heads attains here, on one thread."""
+    probe = _schedules(shrunk(problem, max(1.0, problem.layout.tokens / PROBE_TOKENS), DTYPE), "forward")
+    first = max(probe, key=_flops)
+    return _flops(first) / sum(_measure(first, {}))
+
+
+def _measure(schedule: Schedule, costs: dict[tuple[Kernel, tuple[TensorSpec, ...]], float]) -> list[float]:
+    """Seconds of every step here; equal kernels are measured once."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks will
+    try:
+        found = []
+        for step in schedule.steps:
+            if not isinstance(step, Compute):
+                found.append(0.0)
+                continue
+            specs = tuple(schedule.values[name].spec for name in step.inputs)
+            key = (step.kernel, specs)
+            if key not in costs:
+                work = step.kernel.work(*specs)
+                view = not work.flops and not work.nbytes
+                costs[key] = 0.0 if view else _time(step.kernel, specs)
+            found.append(costs[key])
+        return found
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _time(kernel: Kernel, specs: Sequence[TensorSpec]) -> float:
+    """Seconds of a kernel; of a short one, the best of a few."""
+    first = _once(kernel, specs)
+    return first if first > LONG_SECONDS else min(first, *(_once(kernel, specs) for _ in range(3)))
+
+
+def _once(kernel: Kernel, specs: Sequence[TensorSpec]) -> float:
+    import torch
+
+    inputs: list[Tensor] = [torch.randn(spec.shape).to(torch_dtype(spec.dtype)) for spec in specs]
+    started = perf_counter()
+    kernel.run(*inputs)
+    return perf_counter() - started

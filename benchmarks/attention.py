@@ -5,7 +5,7 @@
 
 Ideal: each process does the same amount of work with torch's own attention kernel and no communication (all tokens,
 its share of the heads). Every round runs all methods one after the other (A B C A B C ...), so a noisy machine
-slows all of them; reported are the median and the range of the ratio to the ideal of the same round.
+slows all of them; "+timeline" records one. Reported are the median and the range of the ratio to the ideal of the same round.
 
 Peers, each on its best terms (causal, balanced): "peer:torch", torch's private templated ring attention around the
 CPU flash kernels, zigzag shards; "peer:rap", the package ring-attention-pytorch, striped shards (pip install
@@ -29,9 +29,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
-from counterpoint import SequenceLayout, attention
+from counterpoint import SequenceLayout, Timeline, attention
 
-OURS = ("tokenring", "ring", "bidirectional_ring", "allgather", "ulysses")
+OURS = ("tokenring", "tokenring+timeline", "ring", "bidirectional_ring", "allgather", "ulysses")
 
 
 def main() -> None:
@@ -149,7 +149,13 @@ def ours(args: argparse.Namespace, rank: int, name: str) -> Callable[[bool], Non
     mesh = init_device_mesh("cpu", (args.processes,))
     layout = SequenceLayout("zigzag", args.tokens, args.processes)
     q, k, v, dout = shard(args, args.heads, layout.local_tokens(rank))
-    return with_backward(q, k, v, dout, lambda: attention(q, k, v, mesh=mesh, layout=layout, forward=name))
+    strategy, _, recorded = name.partition("+")
+
+    def call() -> torch.Tensor:
+        timeline = Timeline() if recorded else None
+        return attention(q, k, v, mesh=mesh, layout=layout, forward=strategy, timeline=timeline)
+
+    return with_backward(q, k, v, dout, call)
 
 
 def peer_torch(args: argparse.Namespace, rank: int, name: str) -> Callable[[bool], None]:

@@ -118,7 +118,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """All answers: the simplest of those within a percent of the fastest, then the others by time; what could not run, with the reason; and why the first one wins."""
+    """All answers, what could not run with the reason, and why the first answer wins.
+
+    The first answer is the simplest of those within a percent of the fastest; the others follow by time.
+    """
 
     answers: tuple[Answer, ...]
     refused: tuple[tuple[str, str], ...]

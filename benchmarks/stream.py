@@ -30,7 +30,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-lm")
 
 def main() -> int:
     machine = this_machine()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=machine.cores)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=10, help="of every kernel in a round")

@@ -88,10 +88,12 @@ def _process_level(
     """Processes on one machine: a message costs the same to everybody, and all share what the machine can copy."""
     there, back = series["0-1"], series["1-0"]
     both = pooled([there, back])
-    quickest = both.times()[0]
-    # a there-and-back of a small message is two latencies; noise must not make the first point shorter than one
-    latency = min(series["latency"].points[0].quiet / 2, 0.47 * quickest)
-    curve = both.curve(latency)
+    way = series["latency"].points[0].quiet / 2
+    curve = both.curve(way)  # of the answer that tells of the arrival, half a round trip is not the message's
+    size, rate = curve.points[0]
+    latency = min(
+        way, 0.99 * size / rate
+    )  # noise must not make the first point shorter than the latency alone
     exchange = series["exchange"]
     totals = sorted(ranks * p.size / max(p.quiet - latency, 0.1 * p.quiet) for p in _large(exchange))
     bandwidth = max(totals[len(totals) // 2], curve.maximum)

@@ -65,11 +65,12 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
-    """All checks of one system; `summary` says in a line what they cover."""
+    """All checks of one system; `summary` says in a line what they cover, `remarks` what holds for several figures."""
 
     name: str
     summary: str
     checks: tuple[Check, ...]
+    remarks: tuple[str, ...] = ()
 
     def kinds(self) -> dict[str, int]:
         """How many checks there are of each kind."""

@@ -39,6 +39,7 @@ def results_table(system: System, results: Sequence[Result]) -> RenderableType:
             check.kind, str(check.tolerance) if check.tolerance else "none", verdict,
         )  # fmt: skip
     below = [Text(f"[{i}] {note}") for i, note in enumerate(notes, 1)]
+    below += [Text(remark) for remark in load(system).remarks]
     return Group(table, *below, Text(summary(results)))
 
 
@@ -58,15 +59,16 @@ def results_json(system: System, results: Sequence[Result]) -> dict[str, Any]:
         "year": system.year,
         "arxiv": system.arxiv,
         "holds": holds(results),
+        "remarks": list(load(system).remarks),
         "checks": [result.to_json() for result in results],
     }
 
 
 def figure(value: float | None, unit: str) -> str:
-    """A figure with its unit; bytes in full, because they must agree to the last one."""
+    """A figure with its unit; bytes and elements in full, because they must agree to the last one."""
     if value is None:
         return "-"
-    if unit in ("bytes", "tokens"):
+    if unit in ("bytes", "elements", "tokens"):
         text = f"{value:,.0f}"
     else:
         text = f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:,.4g}"

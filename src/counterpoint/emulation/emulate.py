@@ -63,7 +63,7 @@ def emulate(
     real = {which: simulate(target[which], cluster) for which in passes}
     everything = [s for which in passes for s in target[which]]
     longest = max(t.seconds for t in real.values())
-    seconds: dict[Pass, list[list[float]]]
+    seconds: dict[Pass, list[list[float]]] = {}
     if compute == "timed":
         small, scale = _timed_scale(cluster, problem, passes, target, everything, longest, slowdown)
         seconds = {
@@ -73,8 +73,8 @@ def emulate(
     else:
         from counterpoint.emulation.real import real_scale
 
-        say("measuring what the kernels take on this machine")
-        small, scale, seconds = real_scale(cluster, problem, passes, target, longest, slowdown)
+        say("measuring how fast this machine computes")
+        small, scale = real_scale(cluster, problem, passes, target, longest, slowdown)
     schedules = {which: _schedules(small, which) for which in passes}
     rates = {pair: rate / scale.rates for pair, rate in pair_rates(cluster, everything).items()}
     model = scaled_cluster(cluster, scale, 0.0)
@@ -87,7 +87,7 @@ def emulate(
                 small,
                 tuple(passes),
                 tuple(namespaces.path(rank) for rank in range(world_size)),
-                seconds if compute == "timed" else {},
+                seconds,
                 repetitions,
                 directory,
                 timeout=60.0 + 10 * longest * scale.slowdown,
@@ -95,6 +95,11 @@ def emulate(
             say(f"running {world_size} ranks")
             _launch(job, environ)
         latency = _latency(job)
+        if compute == "real":
+            seconds = {
+                which: [json.loads(job.seconds_file(which, rank).read_text()) for rank in range(world_size)]
+                for which in passes
+            }
         model = scaled_cluster(cluster, scale, latency)
         results = tuple(
             _result(job, which, schedules[which], seconds[which], target[which], model, real[which], scale)

@@ -29,8 +29,6 @@ MOST_SECONDS = 20.0  # a pass that would compute longer is refused
 LONG_SECONDS = 0.3  # a kernel that takes so long is measured once
 FASTER = 2.0  # how much faster links may be than in a timed model: fewer ranks share this machine
 
-Seconds = dict[Pass, list[list[float]]]
-
 
 def real_scale(
     cluster: Cluster,
@@ -39,8 +37,8 @@ def real_scale(
     target: Mapping[Pass, list[Schedule]],
     longest: float,
     slowdown: float | None,
-) -> tuple[AttentionProblem, Scale, Seconds]:
-    """The problem that runs here, its scale, and what every step is expected to take here (s).
+) -> tuple[AttentionProblem, Scale]:
+    """The problem that runs here, and its scale.
 
     longest: the time (s) of the longest pass on the cluster. Raises ValueError when this machine would have to
     compute too long to keep the proportion between compute and links.
@@ -61,13 +59,11 @@ def real_scale(
         )
     small = shrunk(problem, max(1.0, shorter), DTYPE)
     schedules = {p: _schedules(small, p) for p in passes}
-    costs: dict[tuple[Kernel, tuple[TensorSpec, ...]], float] = {}
-    seconds: Seconds = {p: [_measure(s, costs) for s in schedules[p]] for p in passes}
-    ratio = max(sum(t) for t in seconds[which]) / on_target[which]
+    ratio = here * max(map(_flops, schedules[which])) / flops[which] / on_target[which]
     sent = sum(sum(bytes_by_pair(target[p]).values()) for p in passes)
     sent_small = sum(sum(bytes_by_pair(schedules[p]).values()) for p in passes)
     shrink = sent / sent_small if sent_small else 1.0
-    return small, Scale(slowdown or ratio, shrink), seconds
+    return small, Scale(slowdown or ratio, shrink)
 
 
 def worst_difference(job: Job) -> float:
@@ -112,15 +108,16 @@ def _flops_per_second(problem: AttentionProblem) -> float:
     """What attention of the problem's heads attains here, on one thread."""
     probe = _schedules(shrunk(problem, max(1.0, problem.layout.tokens / PROBE_TOKENS), DTYPE), "forward")
     first = max(probe, key=_flops)
-    return _flops(first) / sum(_measure(first, {}))
+    return _flops(first) / sum(measure(first))
 
 
-def _measure(schedule: Schedule, costs: dict[tuple[Kernel, tuple[TensorSpec, ...]], float]) -> list[float]:
-    """Seconds of every step here; equal kernels are measured once."""
+def measure(schedule: Schedule) -> list[float]:
+    """Seconds that every step of a schedule takes here, on one thread; equal kernels are measured once."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the ranks will
+    torch.set_num_threads(1)
+    costs: dict[tuple[Kernel, tuple[TensorSpec, ...]], float] = {}
     try:
         found = []
         for step in schedule.steps:
@@ -140,7 +137,8 @@ def _measure(schedule: Schedule, costs: dict[tuple[Kernel, tuple[TensorSpec, ...
 
 
 def _time(kernel: Kernel, specs: Sequence[TensorSpec]) -> float:
-    """Seconds of a kernel; of a short one, the best of a few."""
+    """Seconds of a kernel once it is warm; of a short one, the best of a few."""
+    _once(kernel, specs)
     first = _once(kernel, specs)
     return first if first > LONG_SECONDS else min(first, *(_once(kernel, specs) for _ in range(3)))
 

@@ -64,6 +64,9 @@ class Job:
     def latency_file(self, rank: int) -> Path:
         return Path(self.directory, f"latency-{rank}.json")
 
+    def seconds_file(self, which: Pass, rank: int) -> Path:
+        return Path(self.directory, f"{which}-seconds-{rank}.json")
+
     def results_file(self, rank: int) -> Path:
         return Path(self.directory, f"results-{rank}.pt")
 
@@ -93,6 +96,11 @@ def work(job: Job, rank: int) -> None:
     passes = job.passes if job.held or "forward" in job.passes else ("forward", *job.passes)
     for which in passes:
         schedule = job.schedule(which, rank)
+        if not job.held:  # all ranks at once, as they will share the machine
+            from counterpoint.emulation.real import measure
+
+            _start_together(transport)
+            job.seconds_file(which, rank).write_text(json.dumps(measure(schedule)))
         for repetition in range(job.repetitions + 1):
             timeline = Timeline("measured")
             inputs = {value.name: _given(given, value) for value in schedule.inputs}

@@ -16,7 +16,7 @@ from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, 
 from counterpoint.simulator.cost import kernel_cost
 from counterpoint.simulator.fold import Symmetry
 from counterpoint.simulator.meetings import Meeting, Message, meet
-from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, TIMED, Array, Program, lists
+from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, SEND, TIMED, Array, Program, lists
 from counterpoint.simulator.routes import DEVICE, Asymmetric, Routes
 
 Collectives = Literal["direct", "measured"]
@@ -99,6 +99,7 @@ class Compiler:
                 self.seconds[number], self.flops[number] = self._cost(key, device)
                 where = tier[reads[0]] if reads and step.kernel.aliases else DEVICE
             elif isinstance(step, Send):
+                kind = SEND
                 self._send(number, schedule.rank, step.to, step.channel, sum([sizes[name] for name in reads]))
             elif isinstance(step, Recv):
                 kind = RECV

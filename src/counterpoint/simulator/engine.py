@@ -14,7 +14,7 @@ import numpy as np
 
 from counterpoint.simulator.accelerate import accelerated
 from counterpoint.simulator.network import FLOW_ENDS, Flows, end_flow, make_flows, rebalance, start_flow
-from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, TIMED, Array, Program
+from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, SEND, TIMED, Array, Program
 
 STEP_ENDS, FLOW_STARTS, MEETING_ENDS = 0, 1, 3
 WORTH_COMPILING = 10_000  # steps; loading compiled code takes longer than interpreting fewer
@@ -143,7 +143,7 @@ def _drain(p: Program, s: State, time: float, events) -> None:
             if s.missing[meeting] == 0:
                 heappush(events, (time + p.meeting_seconds[meeting], MEETING_ENDS, meeting, 0))
         else:
-            assert kind == EXCHANGE
+            assert kind in (SEND, EXCHANGE)
             if s.pending[step] == 0:
                 _finish(p, s, step, time, events)
             for i in range(p.incoming_at[step], p.incoming_at[step + 1]):
@@ -170,7 +170,7 @@ def _finish(p: Program, s: State, step: int, time: float, events) -> None:
     rank, stream = p.rank[step], p.stream[step]
     s.stop[step] = time
     s.counts[FINISHED] += 1
-    if p.kind[step] != RECV:
+    if p.kind[step] != RECV and p.kind[step] != SEND:
         made = 0
         for i in range(p.makes_at[step], p.makes_at[step + 1]):
             made += _allocate(p, s, rank, p.makes[i], step)

@@ -14,7 +14,7 @@ Array = (
     Any  # a numpy array; numbers taken out of it are plain to the compiler, which type checkers cannot see
 )
 
-TIMED, EXCHANGE, RECV, COPY, MEETING = range(5)  # kinds of step
+TIMED, SEND, RECV, EXCHANGE, COPY, MEETING = range(6)  # kinds of step
 
 
 class Program(NamedTuple):

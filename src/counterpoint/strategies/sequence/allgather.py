@@ -10,13 +10,8 @@ Bytes a rank sends, u = bytes of its Q, g = query heads per key/value head, no m
 from __future__ import annotations
 
 from counterpoint.kernels.shape import Place
-from counterpoint.strategies.sequence.blocks import (
-    Attention,
-    AttentionBackward,
-    AttentionBuilder,
-    Axis,
-    Block,
-)
+from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, Axis, Block
+from counterpoint.strategies.sequence.builder import AttentionBuilder
 
 
 def forward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attention) -> Block:

@@ -16,13 +16,8 @@ from counterpoint.kernels.mask import AttentionMask
 from counterpoint.kernels.tokens import Tokens
 from counterpoint.schedule.schedule import Schedule, Value
 from counterpoint.strategies.sequence import allgather, bidirectional_ring, ring, rsa, tokenring, ulysses
-from counterpoint.strategies.sequence.blocks import (
-    AttentionBuilder,
-    AttentionShape,
-    Axis,
-    Block,
-    Tree,
-)
+from counterpoint.strategies.sequence.blocks import AttentionShape, Axis, Block, Tree
+from counterpoint.strategies.sequence.builder import AttentionBuilder
 from counterpoint.strategies.sequence.layout import SequenceLayout
 
 

@@ -6,13 +6,8 @@ Symbols as in `ring`.
 
 from __future__ import annotations
 
-from counterpoint.strategies.sequence.blocks import (
-    Attention,
-    AttentionBackward,
-    AttentionBuilder,
-    Axis,
-    Block,
-)
+from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, Axis, Block
+from counterpoint.strategies.sequence.builder import AttentionBuilder
 from counterpoint.strategies.sequence.ring import circulate, circulate_backward
 
 

@@ -13,14 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from counterpoint.strategies.sequence.blocks import (
-    Attention,
-    AttentionBackward,
-    AttentionBuilder,
-    Axis,
-    Block,
-    Tree,
-)
+from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, Axis, Block, Tree
+from counterpoint.strategies.sequence.builder import AttentionBuilder
 
 Walk = tuple[Block, int, str]  # a block for the whole axis, the way it walks (+1 up, -1 down), channel suffix
 

@@ -15,13 +15,8 @@ from __future__ import annotations
 from counterpoint.kernels.attention import Add
 from counterpoint.kernels.rows import RowSoftmax, Scores, Weigh
 from counterpoint.strategies.sequence.allgather import peers
-from counterpoint.strategies.sequence.blocks import (
-    Attention,
-    AttentionBackward,
-    AttentionBuilder,
-    Axis,
-    Block,
-)
+from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, Axis, Block
+from counterpoint.strategies.sequence.builder import AttentionBuilder
 from counterpoint.strategies.sequence.ring import walk
 
 REDUCTIONS = ("all_reduce", "reduce_scatter")

@@ -25,14 +25,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from counterpoint.kernels.kernel import TensorSpec
-from counterpoint.strategies.sequence.blocks import (
-    Attention,
-    AttentionBackward,
-    AttentionBuilder,
-    Axis,
-    Block,
-    Tree,
-)
+from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, Axis, Block, Tree
+from counterpoint.strategies.sequence.builder import AttentionBuilder
 
 
 def forward(

@@ -19,12 +19,12 @@ from counterpoint.strategies.sequence.allgather import peers
 from counterpoint.strategies.sequence.blocks import (
     Attention,
     AttentionBackward,
-    AttentionBuilder,
     Axis,
     Block,
     kv_heads_of,
     split_evenly,
 )
+from counterpoint.strategies.sequence.builder import AttentionBuilder
 
 Heads = list[tuple[int, int]]
 

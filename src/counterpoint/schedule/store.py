@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from math import isinf
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -60,6 +61,8 @@ def _step_to_json(step: Step) -> dict[str, Any]:
     if not isinstance(step, Compute):
         return {"step": kind, **TypeAdapter(type(step)).dump_python(step, mode="json")}
     kernel = TypeAdapter(type(step.kernel)).dump_python(step.kernel, mode="json")
+    # JSON has no infinity; as a string it reads back
+    kernel = {key: str(x) if isinstance(x, float) and isinf(x) else x for key, x in kernel.items()}
     return {
         "step": kind,
         "kernel": {"name": kernel_name(type(step.kernel)), **kernel},

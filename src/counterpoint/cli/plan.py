@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,6 +38,10 @@ def attention(
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     causal: Annotated[bool, typer.Option()] = True,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 12,
+    page: Annotated[
+        Path | None,
+        typer.Option("--report", help="Write a page with the first answer's simulated timelines."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
     """Rank the attention strategies for a model on a cluster, with the reason for the first.
@@ -63,6 +68,8 @@ def attention(
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("simulating", total=None)
         result = plan_attention(question, lambda done, total: bar.update(task, completed=done, total=total))
+    if page is not None:
+        _write_page(question, result.answers[0], page)
     if as_json:
         answers = [answer.to_json() for answer in result.answers]
         typer.echo(
@@ -72,6 +79,23 @@ def attention(
         )
         return
     _print(question, result, top)
+
+
+def _write_page(question, answer, page: Path) -> None:
+    """The simulated timelines of an answer, as the page that measured ones get too."""
+    from counterpoint.planner.attention import predict
+    from counterpoint.report.page import write_report
+    from counterpoint.report.sections import Section
+
+    timelines = {
+        which: predict(question, answer.mesh, answer.layout, e.strategies, which)
+        for which, e in (("forward", answer.forward), ("backward", answer.backward))
+        if e is not None
+    }
+    about = f"{question.tokens:,} tokens on {question.ranks} ranks of {question.cluster.name}, simulated."
+    write_report(
+        page, timelines, title=f"Attention by {answer.forward.name}", sections=[Section("What", about)]
+    )
 
 
 def _print(question, result, top: int) -> None:

@@ -42,6 +42,7 @@ def calibration(ranks: int = 2) -> Calibration:
     if ranks > 1:
         sizes = [2**10, 2**15, 2**20, 2**25]
         found["link/latency"] = Series("bytes", (point(1, 2 * LATENCY),))
+        found["link/step"] = Series("bytes", (point(8, 8 * LATENCY),))
         for way in ("0-1", "1-0"):  # the answer takes a latency too
             found[f"link/{way}"] = series("bytes", sizes, lambda n: 2 * LATENCY + n / FLOW)
         found["link/exchange"] = series("bytes", sizes, lambda n: LATENCY + ranks * n / TOGETHER)

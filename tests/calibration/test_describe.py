@@ -101,4 +101,4 @@ def test_noise_in_small_messages_cannot_make_an_unreadable_file():
         noisy[f"link/{way}"] = type(noisy[f"link/{way}"])("bytes", (fast, *points[1:]))
     made = type(made)(made.machine, made.date, 2, False, True, 1.0, noisy)
     _, cluster = cluster_text(made)
-    assert 0 < cluster.levels[0].latency_seconds < LATENCY / 3
+    assert cluster.route(0, 1).seconds(2**10) == pytest.approx(LATENCY, rel=0.05)

@@ -21,7 +21,8 @@ def test_threads_are_put_back():
 
 @pytest.mark.parametrize("broken", [None, *WORDS])
 def test_a_kernel_that_does_not_run_is_noticed(broken):
-    arrays = tuple(torch.full((100,), x, dtype=torch.float64) for x in (1.0, 2.0, 0.0))
+    a, b, c = (torch.full((100,), x, dtype=torch.float64) for x in (1.0, 2.0, 0.0))
+    arrays = (a, b, c)
     for _ in range(4):
         for name in WORDS:
             if name != broken:

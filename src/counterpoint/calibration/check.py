@@ -11,6 +11,7 @@ from torch import Tensor
 
 from counterpoint.calibration.calibrate import run_workers
 from counterpoint.calibration.compute import HEAD_DIM, HEADS
+from counterpoint.calibration.links import ROUNDS, there_and_back
 from counterpoint.calibration.measurement import Point, Series, series_from
 from counterpoint.calibration.timing import Effort, Stopwatch, sample
 from counterpoint.cluster.cluster import Cluster
@@ -22,9 +23,8 @@ from counterpoint.runtime.executor import Executor
 from counterpoint.schedule.builder import Builder
 from counterpoint.schedule.schedule import Schedule
 
-MARGIN = 1.25  # a prediction may lie this factor outside the range of the fresh runs
+MARGIN = 1.5  # a prediction may lie this factor outside the range of the fresh runs
 MESSAGE = 3 * 2**20
-ROUNDS = 4  # of a message there and back
 TOKENS = 600
 CAUSAL_TOKENS = 1800  # causal kernels of the CPU compute whole tiles, which tells in short blocks
 MATMUL = (384, 640, 512)
@@ -136,7 +136,9 @@ def messages(n: int) -> dict[str, list[Schedule]]:
         return {}
     size = TensorSpec((MESSAGE // 4,))
     return {
-        f"message of 3 MiB, there and back {ROUNDS} times": [_there_and_back(size, r, n) for r in range(n)],
+        f"message of 3 MiB, there and back {ROUNDS} times": [
+            there_and_back(size, ROUNDS, r, n) for r in range(n)
+        ],
         f"3 MiB to the next rank, {ROUNDS} times": [_ring(size, r, n) for r in range(n)],
         "all-gather of 3 MiB": [_gather(size, r, n) for r in range(n)],
     }
@@ -146,19 +148,6 @@ def _one_step(kernel: Kernel, inputs: tuple[TensorSpec, ...], rank: int, n: int)
     b = Builder("check", rank, n)
     outputs = b.compute(kernel, *(b.input(f"x{i}", spec) for i, spec in enumerate(inputs)))
     return b.finish({f"y{i}": y for i, y in enumerate(outputs)})
-
-
-def _there_and_back(spec: TensorSpec, rank: int, n: int) -> Schedule:
-    b = Builder("check", rank, n)
-    value = b.input("x", spec)
-    for _ in range(ROUNDS):
-        if rank == 0:
-            b.send([value], 1, "there")
-            (value,) = b.recv([spec], 1, "back")
-        elif rank == 1:
-            (value,) = b.recv([spec], 0, "there")
-            b.send([value], 0, "back")
-    return b.finish({"x": value})
 
 
 def _ring(spec: TensorSpec, rank: int, n: int) -> Schedule:

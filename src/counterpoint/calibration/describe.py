@@ -88,17 +88,14 @@ def _process_level(
     """Processes on one machine: a message costs the same to everybody, and all share what the machine can copy."""
     there, back = series["0-1"], series["1-0"]
     both = pooled([there, back])
-    way = series["latency"].points[0].quiet / 2
-    curve = both.curve(way)  # of the answer that tells of the arrival, half a round trip is not the message's
-    size, rate = curve.points[0]
-    latency = min(
-        way, 0.99 * size / rate
-    )  # noise must not make the first point shorter than the latency alone
+    trip, step = series["latency"].points[0].quiet, series["step"].points[0]
+    latency = step.quiet / step.size  # with the executor's part, which the bare transport does not have
+    curve = _whole_time(both, trip, latency)
     exchange = series["exchange"]
-    totals = sorted(ranks * p.size / max(p.quiet - latency, 0.1 * p.quiet) for p in _large(exchange))
+    totals = sorted(ranks * p.size / max(p.quiet - trip / 2, 0.1 * p.quiet) for p in _large(exchange))
     bandwidth = max(totals[len(totals) // 2], curve.maximum)
     place = ("levels", 0)
-    comments[*place, "latency"] = "half of 1 byte there and back; " + series["latency"].points[0].spread()
+    comments[*place, "latency"] = f"{step.label}: a message's share; {step.spread()}"
     comments[*place, "bandwidth"] = f"all {ranks} ranks sending at once; " + _large(exchange)[-1].spread()
     _note(comments, (*place, "attained"), both)
     tables = {}
@@ -115,6 +112,18 @@ def _process_level(
         attained=curve,
         collectives=tables,
     )
+
+
+def _whole_time(messages: Series, trip: float, latency: float) -> Curve:
+    """Rate of messages over latency and moving together.
+
+    messages: there, with a byte back, so that a round trip (s) is in every time; noise may hide what is left.
+    """
+    points = []
+    for i, (point, seconds) in enumerate(zip(messages.points, messages.times(), strict=True)):
+        moving = max(seconds - trip, (1 + 1e-3 * i) * 0.01 * latency)
+        points.append((point.size, point.size / (latency + moving)))
+    return Curve.of(points)
 
 
 def _gpu_level(

@@ -10,18 +10,22 @@ import torch.distributed as dist
 
 from counterpoint.calibration.measurement import Point, Series
 from counterpoint.calibration.timing import LEAST, Advance, Effort, spaced
-from counterpoint.runtime.transport import Transport
+from counterpoint.kernels.kernel import TensorSpec
+from counterpoint.runtime.executor import Executor
+from counterpoint.schedule.builder import Builder
+from counterpoint.schedule.schedule import Schedule
 
 SMALLEST, LARGEST = 2**10, 2**25  # bytes of a message
 CHANNEL = "calibrate"
+ROUNDS = 4  # of messages there and back in a schedule
 
 
-def measure_links(transport: Transport, effort: Effort, advance: Advance) -> dict[str, Series]:
+def measure_links(executor: Executor, effort: Effort, advance: Advance) -> dict[str, Series]:
     """Series of messages between ranks 0 and 1, of all ranks exchanging at once, and of collectives.
 
-    Collective over the ranks of the transport; all of them return the same.
+    Collective over the ranks of the executor's transport; all of them return the same.
     """
-    bench = _Bench(transport, effort)
+    bench = _Bench(executor, effort)
     sizes = spaced(SMALLEST, LARGEST, effort.sizes)
     n = bench.world_size
     found: dict[str, Series] = {}
@@ -34,6 +38,8 @@ def measure_links(transport: Transport, effort: Effort, advance: Advance) -> dic
         found[name] = Series("bytes", tuple(points))
 
     series("link/latency", [(1, "1 byte there and back", bench.there_and_back(1, 0, 1))])
+    steps = 2 * ROUNDS
+    series("link/step", [(steps, f"1 value there and back, {ROUNDS} times, as a schedule", bench.schedule())])
     for source, to in ((0, 1), (1, 0)):
         cases = [
             (k, f"{_size(k)} from rank {source} to {to}, 1 byte back", bench.there_and_back(k, source, to))
@@ -58,8 +64,10 @@ def measure_links(transport: Transport, effort: Effort, advance: Advance) -> dic
 class _Bench:
     """Runs exchanges on all ranks in step; rank 0 decides how often, since the ranks' clocks differ."""
 
-    def __init__(self, transport: Transport, effort: Effort) -> None:
-        self.transport, self.effort = transport, effort
+    def __init__(self, executor: Executor, effort: Effort) -> None:
+        transport = executor.transport
+        assert transport is not None
+        self.executor, self.transport, self.effort = executor, transport, effort
         self.rank, self.world_size = transport.rank, len(transport.ranks)
 
     def point(self, run: Callable[[], object], size: int, label: str) -> Point:
@@ -92,6 +100,12 @@ class _Bench:
 
         return run
 
+    def schedule(self) -> Callable[[], object]:
+        """The smallest message as a step of a schedule: with the executor's own cost per step."""
+        schedule = there_and_back(TensorSpec((1,)), ROUNDS, self.rank, self.world_size)
+        inputs = {v.name: torch.zeros(1) for v in schedule.inputs}
+        return lambda: self.executor.run(schedule, inputs)
+
     def exchange(self, size: int) -> Callable[[], object]:
         """Every rank sends to the next one and receives from the one before."""
         t, n, data = self.transport, self.world_size, _bytes(size)
@@ -122,6 +136,20 @@ class _Bench:
         if kind == "all_reduce":
             return lambda: dist.all_reduce(values)
         return lambda: dist.broadcast(values, 0)
+
+
+def there_and_back(spec: TensorSpec, rounds: int, rank: int, world_size: int) -> Schedule:
+    """A value goes from rank 0 to rank 1 and back, `rounds` times; the other ranks have nothing to do."""
+    b = Builder("there and back", rank, world_size)
+    value = b.input("x", spec)
+    for _ in range(rounds):
+        if rank == 0:
+            b.send([value], 1, "there")
+            (value,) = b.recv([spec], 1, "back")
+        elif rank == 1:
+            (value,) = b.recv([spec], 0, "there")
+            b.send([value], 0, "back")
+    return b.finish({"x": value})
 
 
 def _bytes(size: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ from counterpoint.training.launch import Worker
 from counterpoint.training.mesh import Processes, open_processes
 
 STEPS_OF_DEVICE = 5  # series with as many points as the effort says, and the launch
-STEPS_OF_LINKS = 9
+STEPS_OF_LINKS = 9  # likewise, and two of one point
 
 
 def measure_ranks(worker: Worker, plan: Path) -> None:
@@ -74,7 +74,7 @@ def _calibrate(
         stopwatch,
     )
     everyone = processes.gather((found, share.value))
-    links = measure_links(transport, effort, advance) if transport is not None else {}
+    links = measure_links(Executor(transport), effort, advance) if transport is not None else {}
     series = {f"core/{name}": pooled([found[name] for found, _ in everyone]) for name in found if everyone}
     return {"undisturbed": min((value for _, value in everyone), default=1.0), "series": series | links}
 

@@ -74,7 +74,7 @@ def matmul_seconds(model: Model, tokens: int, split: int, cluster: Cluster) -> f
 
 def ulysses_case(model: Model, mesh: tuple[int, int], tokens: int) -> Case:
     head_dim = model.hidden // model.heads
-    return Case("ulysses/ulysses", mesh, tokens, model.heads, model.heads, head_dim, layout="contiguous")
+    return Case("ulysses", (prod(mesh),), tokens, model.heads, model.heads, head_dim, layout="contiguous")
 
 
 PASSES: tuple[Pass, ...] = ("forward", "backward")

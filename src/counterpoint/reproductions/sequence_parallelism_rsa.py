@@ -12,7 +12,15 @@ from counterpoint.kernels.rows import Scores
 from counterpoint.reproductions.bench import Bench, Case, Pass, sent, topology
 from counterpoint.reproductions.check import EXACTLY, Check, Reproduction, Tolerance
 from counterpoint.reproductions.common import exactness_checks
-from counterpoint.reproductions.memory import BERT_BASE, Transformer, Way, attention, device_bytes, largest, mlp
+from counterpoint.reproductions.memory import (
+    BERT_BASE,
+    Transformer,
+    Way,
+    attention,
+    device_bytes,
+    largest,
+    mlp,
+)
 from counterpoint.schedule.schedule import Compute
 from counterpoint.schedule.timeline import Timeline
 
@@ -118,14 +126,15 @@ def crossover_checks() -> list[Check]:
     wide, heads, size = 1024, 12, 64  # A Z differs from H, so that the two conditions can be told apart
     return [
         Check(
-            "MLP block: sequence parallelism needs less memory from B L = 32 H on", 32 * H, "tokens", "table 1", "bytes",
-            near, lambda bench: equal_at(lambda t: mlp("sequence", 1, t, H, N) - mlp("tensor", 1, t, H, N)),
+            "MLP block: sequence parallelism needs less memory from B L = 32 H on", 32 * H, "tokens", "table 1",
+            "bytes", near, lambda bench: equal_at(lambda t: mlp("sequence", 1, t, H, N) - mlp("tensor", 1, t, H, N)),
         ),
         Check(
             "attention block: sequence parallelism needs less from B L = 16 A Z on", 16 * size * heads, "tokens",
             "table 2", "bytes", near,
             lambda bench: equal_at(
-                lambda t: attention("sequence", t, 1, wide, heads, size, N) - attention("tensor", t, 1, wide, heads, size, N)
+                lambda t: attention("sequence", t, 1, wide, heads, size, N)
+                - attention("tensor", t, 1, wide, heads, size, N)
             ),
         ),
     ]  # fmt: skip
@@ -134,8 +143,8 @@ def crossover_checks() -> list[Check]:
 P100 = 16e9  # bytes
 MODEL_ONLY = (
     "from the paper's two memory tables alone, 16 GB per device; the paper's figure was measured. The tables leave out "
-    "embeddings, logits, norms and dropout masks; what norms and dropout keep is not split by tensor parallelism, which "
-    "makes its batches smaller than the tables say"
+    "embeddings, logits, norms and dropout masks; what norms and dropout keep is not split by tensor parallelism, "
+    "which makes its batches smaller than the tables say"
 )
 
 
@@ -178,7 +187,13 @@ def weak_scaling_checks() -> list[Check]:
     batch, length = ((1, 64, 512), (8, 512, 512)), ((1, 64, 256), (4, 64, 1024))
     rows: list[tuple[str, float, float, Way, tuple]] = [
         ("batch 64 to 512 on 1 to 8 devices, sequence parallelism", 8490.8 / 8477.5, 0.01, "sequence", batch),
-        ("length 256 to 1024 on 1 to 4 devices, sequence parallelism", 6601.9 / 3707.0, 0.1, "sequence", length),
+        (
+            "length 256 to 1024 on 1 to 4 devices, sequence parallelism",
+            6601.9 / 3707.0,
+            0.1,
+            "sequence",
+            length,
+        ),
         ("length 256 to 1024 on 1 to 4 devices, tensor parallelism", 8175.9 / 3707.4, 0.1, "tensor", length),
     ]
     return [

@@ -19,7 +19,9 @@ STYLES = {"holds": "green", "outside": "bold red", "failed": "bold red", "report
 def results_table(system: System, results: Sequence[Result]) -> RenderableType:
     """Claim, got, difference, kind and verdict of every check; below it, what there is to say about some."""
     table = Table(
-        title=f"{system.name}: {escape(system.title)} (arXiv {system.arxiv})", title_justify="left", expand=False
+        title=f"{system.name}: {escape(system.title)} (arXiv {system.arxiv})",
+        title_justify="left",
+        expand=False,
     )
     table.add_column("claim", overflow="fold")
     for column in ("claimed", "got", "difference"):
@@ -88,7 +90,7 @@ def systems_table() -> Table:
     known = systems()
     done = sum(system.state == "reproduced" for system in known)
     table = Table(title=f"{len(known)} published systems, {done} reproduced", title_justify="left")
-    for column in ("name", "year", "arXiv", "room", "state", "what is checked"):
+    for column in ("name", "year", "arXiv", "room", "state", "what is checked (planned: the paper)"):
         table.add_column(column, overflow="fold")
     for system in known:
         style = "green" if system.state == "reproduced" else None
@@ -114,10 +116,15 @@ def systems_json() -> list[dict[str, Any]]:
         reproduction = load(system) if system.state == "reproduced" else None
         rows.append(
             {
-                "name": system.name, "alias": system.alias or None, "title": system.title, "year": system.year,
-                "arxiv": system.arxiv, "room": system.room, "state": system.state,
+                "name": system.name,
+                "alias": system.alias or None,
+                "title": system.title,
+                "year": system.year,
+                "arxiv": system.arxiv,
+                "room": system.room,
+                "state": system.state,
                 "summary": reproduction.summary if reproduction else None,
                 "checks": reproduction.kinds() if reproduction else {},
-            }  # fmt: skip
+            }
         )
     return rows

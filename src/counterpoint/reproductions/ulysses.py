@@ -43,9 +43,7 @@ def rank_bytes(tokens: int, ranks: int, kv_heads: int, way: Pass, heads: int = H
 
 def volume(tokens: int, ranks: int, kv_heads: int, heads: int = H) -> Fraction:
     """2 N h (1 + G/H) (P-1) / P^2 elements, in bytes."""
-    return Fraction(
-        2 * tokens * heads * D * (heads + kv_heads) * (ranks - 1) * E, heads * ranks**2
-    )
+    return Fraction(2 * tokens * heads * D * (heads + kv_heads) * (ranks - 1) * E, heads * ranks**2)
 
 
 def bytes_checks() -> list[Check]:
@@ -60,15 +58,20 @@ def bytes_checks() -> list[Check]:
         )
         for N, P, G, way in rows
     ]  # fmt: skip
-    N, P, G = 32_768, 8, 2  # every peer needs one key/value head; its gradients come back in float32 to be summed
+    N, P, G = (
+        32_768,
+        8,
+        2,
+    )  # every peer needs one key/value head; its gradients come back in float32 to be summed
     q_out, kv = Fraction(2 * N * H * D * (P - 1) * E, P**2), 2 * N // P * D * (P - 1)
+    replicated: list[tuple[Pass, str, int]] = [("forward", "bfloat16", 2), ("backward", "float32", 4)]
     checks += [
         Check(
             f"P = {P}, G = {G} < P: bytes a rank sends {way}: 2 N h (P-1)/P^2 and 2 N d (P-1)/P ({kind})",
             float(q_out + kv * size), "bytes", "replicated key/value heads, derived", "bytes", EXACTLY,
             lambda bench, way=way: rank_bytes(N, P, G, way),
         )
-        for way, kind, size in (("forward", "bfloat16", 2), ("backward", "float32", 4))
+        for way, kind, size in replicated
     ]  # fmt: skip
     return checks
 
@@ -120,8 +123,8 @@ PUBLISHED = {  # TFLOP/s per GPU, Ulysses and Megatron-SP, read from a figure; K
 PARTIAL = (
     "partial: attention and exchanges are simulated and matrix products costed from the device's table; norms, "
     "embeddings, loss, optimizer and ZeRO-3's gathers are left out, FLOPs are counted as executed (half of the causal "
-    "square), one sequence at a time. The published testbed has A100 of 40 GB, its batch size, recomputation and the "
-    "30B model's sizes are not known (assumed here: hidden 8,192, 64 heads); nothing was fitted"
+    "square). All GPUs share one sequence here; the published degree of parallelism, batch, recomputation and sizes of "
+    "the 30B model (here hidden 8,192, 64 heads) are not known, and its A100 have 40 GB. Nothing was fitted"
 )
 
 

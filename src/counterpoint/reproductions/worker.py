@@ -28,7 +28,7 @@ def run_cases(worker: Worker, plan: Path) -> None:
     torch.set_num_threads(1)
     n = worker.world_size
     outcomes: list[Outcome] = []
-    with open_processes(ParallelConfig(data=1, sequence=(n,)), worker) as processes:
+    with open_processes(ParallelConfig.model_validate({"data": 1, "sequence": (n,)}), worker) as processes:
         meshes: dict[int, DeviceMesh] = {}
         for case in read_cases(plan):
             size = case.ranks
@@ -77,7 +77,7 @@ def attend(case: Case, mesh: DeviceMesh, rank: int) -> tuple[float, int, int]:
 
 def one_process(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> list[Tensor]:
     """out, dq, dk, dv of torch's own attention over the whole sequence."""
-    whole = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=causal, enable_gqa=True)
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     out.backward(dout)
-    return [out.detach(), *(x.grad for x in whole if x.grad is not None)]
+    return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]

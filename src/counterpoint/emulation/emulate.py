@@ -16,7 +16,7 @@ from counterpoint.emulation import network
 from counterpoint.emulation.namespaces import Namespaces
 from counterpoint.emulation.result import Compute, Emulation, PassResult
 from counterpoint.emulation.scale import (
-    LINK_BYTES_PER_SECOND,
+    LEAST_SECONDS,
     PASS_SECONDS,
     Scale,
     bytes_by_pair,
@@ -59,6 +59,7 @@ def emulate(
     cluster = cluster.subset(world_size)
     if not 2 <= world_size <= network.MOST_RANKS:
         raise ValueError(f"a scale model has 2 to {network.MOST_RANKS} ranks; {world_size} were asked for")
+    Namespaces(1).close()  # before anything takes time
     target: dict[Pass, list[Schedule]] = {which: _schedules(problem, which) for which in passes}
     real = {which: simulate(target[which], cluster) for which in passes}
     everything = [s for which in passes for s in target[which]]
@@ -134,11 +135,11 @@ def _timed_scale(
     sent_small = sum(sum(bytes_by_pair(_schedules(small, which)).values()) for which in passes)
     shrink = sent / sent_small if sent_small else 1.0
     scale = Scale(slowdown or rates / shrink, shrink)
-    if scale.rates < rates / 4:
-        fastest = LINK_BYTES_PER_SECOND * rates / scale.rates
+    if longest * scale.slowdown < LEAST_SECONDS or scale.rates < rates / 4:
+        least = max(LEAST_SECONDS / longest, rates / shrink)
         raise ValueError(
-            f"a factor of {scale.slowdown:g} leaves links of {fastest / 1e6:.0f} MB/s, more than this machine can "
-            f"imitate; use a factor of {rates / shrink:.3g} or more"
+            f"with a factor of {scale.slowdown:.3g} a pass takes {1e3 * longest * scale.slowdown:.3g} ms, too fast for "
+            f"this machine to imitate; use a factor of {least:.3g} or more"
         )
     return small, scale
 

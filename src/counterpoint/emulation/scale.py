@@ -23,6 +23,7 @@ Pair = tuple[int, int]
 
 LINK_BYTES_PER_SECOND = 40e6  # what one rate-limited link of this kind keeps up with
 ALL_BYTES_PER_SECOND = 160e6  # and all links of a machine together, on two cores
+LEAST_SECONDS = 0.1  # a shorter pass would measure latencies and the scheduler
 PASS_SECONDS = 1.5  # how long a pass of the scale model should take
 
 

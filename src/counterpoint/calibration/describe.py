@@ -28,7 +28,8 @@ def describe(calibration: Calibration) -> tuple[Cluster, Comments]:
     )
     kinds["all-cores"] = machine.memory_bytes
     for name, size in kinds.items():
-        devices[name] = _device(name, size, calibration.points(f"{name}/"), comments)
+        slowdown = max(1.0, ranks / machine.cores) if name == "core" else 1.0
+        devices[name] = _device(name, size, calibration.points(f"{name}/"), slowdown, comments)
     links = calibration.points("gpu/link/" if calibration.gpus else "link/")
     levels = []
     if ranks > 1:
@@ -55,8 +56,10 @@ def stream_figures(calibration: Calibration) -> dict[int, dict[str, Point]]:
     return dict(sorted(found.items()))
 
 
-def _device(name: str, size: int, series: Mapping[str, Series], comments: Comments) -> Device:
-    """Series are named kind or kind/dtype; what has no dtype is float32."""
+def _device(
+    name: str, size: int, series: Mapping[str, Series], slowdown: float, comments: Comments
+) -> Device:
+    """Series are named kind or kind/dtype; what has no dtype is float32. slowdown: by taking turns on a core."""
     launches = [s for kind, s in series.items() if kind.startswith("launch")]
     launch = min(s.points[0].quiet for s in launches)
     comments["devices", name, "launch"] = launches[0].points[0].spread()
@@ -66,20 +69,20 @@ def _device(name: str, size: int, series: Mapping[str, Series], comments: Commen
         kind, _, dtype = kind.partition("/")
         if kind in WORK_CLASSES:
             dtype = dtype or "float32"
-            rates.setdefault(kind, {})[dtype] = s.curve(launch)
+            rates.setdefault(kind, {})[dtype] = s.curve(launch, slowdown)
             _note(comments, ("devices", name, "rates", kind, dtype), s)
         elif kind == "memory" and not memory:
-            curve = s.curve(launch)
+            curve = s.curve(launch, slowdown)
             memory.append(MemoryTier("memory", size, curve.maximum, curve))
             _note(comments, ("devices", name, "memory", "memory", "attained"), s)
             comments["devices", name, "memory", "memory", "bandwidth"] = (
                 "the fastest that was measured, in a cache; no data sheet was asked"
             )
         elif kind == "host":
-            curve = s.curve(launch)
+            curve = s.curve(launch, slowdown)
             memory.append(MemoryTier("host", size, curve.maximum, curve))
             _note(comments, ("devices", name, "memory", "host", "attained"), s)
-    return Device(name, {}, rates, tuple(memory), launch)
+    return Device(name, {}, rates, tuple(memory), launch * slowdown)
 
 
 def _process_level(
@@ -164,10 +167,15 @@ def _sources(c: Calibration) -> dict[str, str]:
     )
     sources = {"measured": measured}
     if not c.gpus:
-        busy = "" if c.undisturbed >= BUSY or c.ranks > c.machine.cores else ": other programs were running"
+        cores = c.machine.cores
+        state = f"they had a core for {c.undisturbed:.0%} of the time"
+        if c.ranks > cores:
+            state = f"they take turns on {cores} cores: times are {c.ranks / cores:g} times those of a core"
+        elif c.undisturbed < BUSY:
+            state += ": other programs were running"
         sources["core"] = (
             f"one of {c.ranks} single-threaded processes that were measured at the same time, so that they share "
-            f"caches and memory as in a run; they had a core for {c.undisturbed:.0%} of the time{busy}"
+            f"caches and memory as in a run; {state}"
         )
     sources["all-cores"] = f"one process with {c.machine.cores} threads; not placed on a rank"
     sources["elementwise"] = "merging of partial attention outputs, 3 FLOP per element"

@@ -69,9 +69,9 @@ class Series:
             found.append(min([point.quiet, *(t * 0.9999 for t in found[-1:])]))
         return found[::-1]
 
-    def curve(self, overhead: float = 0.0) -> Curve:
-        """Rate over size, once a fixed time (s) is taken out of every point."""
-        times = [max(t - overhead, 0.1 * t) for t in self.times()]
+    def curve(self, overhead: float = 0.0, slowdown: float = 1.0) -> Curve:
+        """Rate over size, once a fixed time (s) is taken out of every point; all of it `slowdown` times slower."""
+        times = [slowdown * max(t - overhead, 0.1 * t) for t in self.times()]
         return Curve.of((p.size, p.size / t) for p, t in zip(self.points, times, strict=True))
 
 

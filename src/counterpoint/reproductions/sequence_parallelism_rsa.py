@@ -144,7 +144,7 @@ P100 = 16e9  # bytes
 MODEL_ONLY = (
     "from the paper's two memory tables alone, 16 GB per device; the paper's figure was measured. The tables leave out "
     "embeddings, logits, norms and dropout masks; what norms and dropout keep is not split by tensor parallelism, "
-    "which makes its batches smaller than the tables say"
+    "so its batches may well be smaller than the tables say (not shown here)"
 )
 
 

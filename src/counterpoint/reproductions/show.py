@@ -50,7 +50,7 @@ def summary(results: Sequence[Result]) -> str:
     judged = [r for r in results if r.verdict != "reported"]
     held = sum(r.verdict == "holds" for r in judged)
     without = len(results) - len(judged)
-    tail = f"; {without} figures are reported without a verdict" if without else ""
+    tail = f"; reported without a verdict: {without}" if without else ""
     return f"{held} of {len(judged)} claims come out within their tolerance{tail}"
 
 

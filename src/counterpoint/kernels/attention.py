@@ -6,6 +6,7 @@ Shapes as in `kernels.blocks`: q, out, dout (B, S, H, D); k, v (B, T, G, D); lse
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 from counterpoint.kernels.kernel import Kernel, TensorSpec, Work, register
@@ -117,7 +118,7 @@ class Merge(Kernel):
 
     def work(self, *inputs: TensorSpec) -> Work:
         touched = inputs[2].nbytes + inputs[3].nbytes
-        return Work(0, 2 * touched, touched)
+        return Work(3 * prod(inputs[2].shape), 2 * touched, touched)
 
     def run(self, *inputs):
         from counterpoint.kernels import blocks

@@ -103,7 +103,7 @@ def to_heads(b: AttentionBuilder, axis: Axis, block: Block, heads: Heads, name: 
 def to_tokens(b: AttentionBuilder, axis: Axis, like: Block, whole: Block, places, heads: Heads, name: str):
     """From (all tokens, my heads) to (my tokens, heads of rank i) for every rank i of the axis."""
     r = axis.rank
-    parts = [b.pick(whole, like.tokens[j], places[j]) for j in range(axis.size)]
+    parts = {j: b.pick(whole, like.tokens[j], places[j]) for j in (r, *peers(axis))}  # alike on all ranks
     types = [
         Block((), b.with_heads(whole.specs, heads[i]), like.tokens[r], heads[i]) for i in range(axis.size)
     ]

@@ -14,7 +14,7 @@ from typing import Any
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.emulation import network
 from counterpoint.emulation.namespaces import Namespaces
-from counterpoint.emulation.result import Compute, Emulation, PassResult
+from counterpoint.emulation.result import Emulation, How, PassResult, attention_steps
 from counterpoint.emulation.scale import (
     LEAST_SECONDS,
     PASS_SECONDS,
@@ -40,7 +40,7 @@ def emulate(
     problem: AttentionProblem,
     *,
     passes: Sequence[Pass] = ("forward",),
-    compute: Compute = "timed",
+    compute: How = "timed",
     slowdown: float | None = None,
     repetitions: int = 3,
     environ: Mapping[str, str],
@@ -204,6 +204,9 @@ def _result(
         real.seconds,
         sum(sent.values()),
         sum(bytes_by_pair(target).values()),
+        attention_steps(middle, schedules),
+        attention_steps(simulated, schedules),
+        attention_steps(real, target),
         middle,
         replace(simulated, meta={**simulated.meta, **middle.meta}),
         real,

@@ -15,6 +15,7 @@ from counterpoint.emulation.topology import Topology, Wire, forwarding
 MTU = 9000
 HEADERS = 52  # bytes of IPv4 and TCP (with timestamps) in a packet
 FRAME = 14  # bytes of Ethernet around it; what the kernel counts against a rate
+SEND_BUFFER = 524_288  # bytes that a connection may hold back
 MOST_RANKS = 64
 
 
@@ -54,8 +55,14 @@ def _settings(forwards: bool) -> dict[str, str]:
     values = {"ipv4/conf/all/rp_filter": "0", "ipv4/conf/default/rp_filter": "0"}
     if forwards:
         return {**values, "ipv4/ip_forward": "1"}
-    # A connection that was quiet while its ranks computed goes on at the rate it had.
-    return {**values, "ipv4/tcp_slow_start_after_idle": "0", "ipv4/tcp_no_metrics_save": "1"}
+    return {
+        **values,
+        # A connection that was quiet while its ranks computed goes on at the rate it had.
+        "ipv4/tcp_slow_start_after_idle": "0",
+        "ipv4/tcp_no_metrics_save": "1",
+        # A send ends when the last of it is under way, not when it is copied; and queues never overflow.
+        "ipv4/tcp_wmem": f"4096 {SEND_BUFFER} {SEND_BUFFER}",
+    }
 
 
 def _links(namespaces: Namespaces, wire: Wire) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from counterpoint.emulation.published import published
-from counterpoint.emulation.result import Emulation, PassResult, attention_steps, to_json
+from counterpoint.emulation.result import Emulation, PassResult, to_json
 from counterpoint.report.page import write_report
 from counterpoint.report.sections import Section, Table
 from counterpoint.report.units import format_seconds
@@ -62,14 +62,12 @@ def step_rows(emulation: Emulation) -> list[tuple[str, ...]]:
         return []
     slowdown = emulation.scale.slowdown
     columns = (
-        [t / slowdown for t in attention_steps(forward.measured_timeline)],
-        [t / slowdown for t in attention_steps(forward.simulated_timeline)],
-        attention_steps(forward.real_timeline),
+        [t / slowdown for t in forward.measured_steps],
+        [t / slowdown for t in forward.simulated_steps],
+        forward.real_steps,
         known.step_seconds,
     )
-    return [
-        (str(i), *(format_seconds(t) for t in times)) for i, times in enumerate(zip(*columns, strict=True), 1)
-    ]
+    return [(str(i), *(format_seconds(t) for t in times)) for i, times in enumerate(zip(*columns), 1)]
 
 
 def summary(emulation: Emulation) -> str:

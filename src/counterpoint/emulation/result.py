@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
@@ -10,17 +12,20 @@ from counterpoint.cluster.cluster import Cluster
 from counterpoint.emulation.published import published
 from counterpoint.emulation.scale import Scale
 from counterpoint.emulation.worker import Pass
+from counterpoint.schedule.schedule import Compute, Schedule
+from counterpoint.schedule.table import span_name
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.strategies.sequence.attention import AttentionProblem
 
-Compute = Literal["timed", "real"]
+How = Literal["timed", "real"]
 
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
     """One pass: what was measured on the scale model (all repetitions, s), and what was simulated (s).
 
-    timelines: of the repetition in the middle, and of the scale model's simulation.
+    real: simulated on the cluster. steps: times between the starts of a rank's attention kernels. timelines: of the
+    repetition in the middle, and of the two simulations.
     """
 
     which: Pass
@@ -29,6 +34,9 @@ class PassResult:
     real: float
     sent_bytes: int
     sent_bytes_expected: int
+    measured_steps: tuple[float, ...]
+    simulated_steps: tuple[float, ...]
+    real_steps: tuple[float, ...]
     measured_timeline: Timeline
     simulated_timeline: Timeline
     real_timeline: Timeline
@@ -50,7 +58,7 @@ class Emulation:
     cluster: Cluster
     target: AttentionProblem
     problem: AttentionProblem
-    compute: Compute
+    compute: How
     scale: Scale
     latency_seconds: float
     passes: tuple[PassResult, ...]
@@ -58,14 +66,18 @@ class Emulation:
     worst_difference: float | None = None
 
 
-def attention_steps(timeline: Timeline) -> tuple[float, ...]:
+def attention_steps(timeline: Timeline, schedules: Sequence[Schedule]) -> tuple[float, ...]:
     """Seconds between the starts of successive attention kernels of a rank, on average over ranks."""
-    starts = [
-        sorted(s.start for s in timeline.spans if s.rank == rank and s.kind == "compute" and s.flops)
-        for rank in timeline.ranks
-    ]
-    count = min(map(len, starts))
-    return tuple(sum(times[i + 1] - times[i] for times in starts) / len(starts) for i in range(count - 1))
+    starts = []
+    for schedule in schedules:
+        kernels = {
+            span_name(step)
+            for step in schedule.steps
+            if isinstance(step, Compute) and step.kernel.operator.startswith("attention")
+        }
+        mine = [s for s in timeline.spans if s.rank == schedule.rank and s.kind == "compute"]
+        starts.append(sorted(s.start for s in mine if s.name in kernels))
+    return tuple(sum(gaps) / len(gaps) for gaps in zip(*([b - a for a, b in pairwise(t)] for t in starts)))
 
 
 def to_json(emulation: Emulation) -> dict[str, Any]:
@@ -99,9 +111,9 @@ def to_json(emulation: Emulation) -> dict[str, Any]:
                 "sent_bytes": p.sent_bytes,
                 "cluster_sent_bytes": p.sent_bytes_expected,
                 "attention_steps_seconds": {
-                    "measured": list(attention_steps(p.measured_timeline)),
-                    "simulated": list(attention_steps(p.simulated_timeline)),
-                    "cluster_simulated": list(attention_steps(p.real_timeline)),
+                    "measured": list(p.measured_steps),
+                    "simulated": list(p.simulated_steps),
+                    "cluster_simulated": list(p.real_steps),
                 },
             }
             for p in e.passes

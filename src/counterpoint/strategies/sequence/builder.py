@@ -264,6 +264,9 @@ class AttentionBuilder(Builder):
 
     def attend_backward(self, q: Block, kv: Block) -> tuple[Block, Block]:
         """Its backward: (q, dout, lse, delta), (k, v) -> (dq), (dk, dv), in float32."""
+        seen = self.mask.seen_by(self.mine(kv.tokens), [self.mine(q.tokens)])
+        if len(self.mine(kv.tokens).locate(seen)) == 1:  # gradients of keys that no query sees need no memory
+            kv = self.take(kv, seen)
         areas = self.mask.areas(self.mine(q.tokens), self.mine(kv.tokens)) if q and kv else ()
         dq = Block((), self.gradient_specs(q)[:1], q.tokens, q.heads)
         dkv = Block((), self.gradient_specs(kv), kv.tokens, kv.heads)

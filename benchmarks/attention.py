@@ -3,9 +3,10 @@
     python benchmarks/attention.py                 # 2 processes of 1 thread, 16,384 tokens, 8 heads of 64, causal
     python benchmarks/attention.py --tokens 4096 --rounds 3 --methods tokenring ring peer:torch
 
-Ideal: each process does the same amount of work with torch's own attention kernel and no communication (all tokens,
-its share of the heads). Every round runs all methods one after the other (A B C A B C ...), so a noisy machine
-slows all of them; "+timeline" records one. Reported are the median and the range of the ratio to the ideal of the same round.
+Ideal: each process does the same amount of work with torch's own attention kernel and no communication (all
+tokens, its share of the heads). Every round runs all methods one after the other (A B C A B C ...), so a noisy
+machine slows all of them; "+timeline" records one. Reported are the median and the range of the ratio to the
+ideal of the same round.
 
 Peers, each on its best terms (causal, balanced): "peer:torch", torch's private templated ring attention around the
 CPU flash kernels, zigzag shards; "peer:rap", the package ring-attention-pytorch, striped shards (pip install

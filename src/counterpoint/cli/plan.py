@@ -88,10 +88,11 @@ def _write_page(question, answer, page: Path) -> None:
     from counterpoint.report.sections import Section
 
     timelines = {
-        which: predict(question, answer.mesh, answer.layout, e.strategies, which)
-        for which, e in (("forward", answer.forward), ("backward", answer.backward))
-        if e is not None
+        "forward": predict(question, answer.mesh, answer.layout, answer.forward.strategies, "forward")
     }
+    if answer.backward is not None:
+        names = answer.backward.strategies
+        timelines["backward"] = predict(question, answer.mesh, answer.layout, names, "backward")
     about = f"{question.tokens:,} tokens on {question.ranks} ranks of {question.cluster.name}, simulated."
     write_report(
         page, timelines, title=f"Attention by {answer.forward.name}", sections=[Section("What", about)]

@@ -35,6 +35,33 @@ from counterpoint.simulator.simulate import simulate
 from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, forward_schedule
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Turns stop signals into SystemExit, so that everything is taken down on the way out; a second one is ignored."""
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stopping = False
+
+    def stop(number: int, _: Any) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise SystemExit(128 + number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    old = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        stopping = True
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@_stoppable()
 def emulate(
     cluster: Cluster,
     problem: AttentionProblem,
@@ -81,7 +108,7 @@ def emulate(
     model = scaled_cluster(cluster, scale, 0.0)
     topology = build_topology(model, rates)
     say(f"building {world_size} namespaces and {len(topology.wires)} links")
-    with _stoppable(), tempfile.TemporaryDirectory(prefix="counterpoint-") as directory:
+    with tempfile.TemporaryDirectory(prefix="counterpoint-") as directory:
         with Namespaces(world_size + 1) as namespaces:
             network.set_up(namespaces, topology)
             job = Job(
@@ -211,29 +238,3 @@ def _result(
         replace(simulated, meta={**simulated.meta, **middle.meta}),
         real,
     )
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Turns stop signals into SystemExit, so that everything is taken down on the way out; a second one is ignored."""
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    stopping = False
-
-    def stop(number: int, _: Any) -> None:
-        nonlocal stopping
-        if not stopping:
-            stopping = True
-            raise SystemExit(128 + number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    old = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        stopping = True
-        for number, handler in old.items():
-            signal.signal(number, handler)

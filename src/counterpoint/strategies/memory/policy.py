@@ -1,0 +1,73 @@
+"""What is kept of a forward pass for its backward pass: a choice per layer, and how the head is cut.
+
+A policy is data, as a schedule is. Running it is the runtime's part, pricing it the planner's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Kind = Literal["keep", "recompute", "stream", "offload"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPolicy:
+    """How one layer remembers its activations.
+
+    keep: all of them. recompute: its input alone, and the layer runs again in the backward pass. stream: its input
+    alone, and the backward pass runs the layer again in `chunks` pieces of the sequence, one after the other, with
+    keys and values of the whole sequence computed once (StreamBP, arXiv 2506.03077). offload: `ratio` of the kept
+    bytes go to host memory and come back in time (ByteScale, arXiv 2502.21231).
+    """
+
+    kind: Kind = "keep"
+    chunks: int = 1
+    ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"memory policy {self.kind!r} is unknown; use one of {', '.join(KINDS)}")
+        if self.chunks < 1 or (self.chunks > 1 and self.kind != "stream"):
+            raise ValueError(
+                f"memory policy {self.kind} with {self.chunks} chunks: only stream has chunks, at least 1"
+            )
+        if not 0.0 <= self.ratio <= 1.0 or (self.ratio and self.kind != "offload"):
+            raise ValueError(
+                f"memory policy {self.kind} with ratio {self.ratio:g}: only offload has a ratio, from 0 to 1"
+            )
+
+    def __str__(self) -> str:
+        if self.kind == "stream":
+            return f"stream({self.chunks})"
+        return f"offload({self.ratio:g})" if self.kind == "offload" else self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPolicy:
+    """The policies of all layers (one entry stands for every layer), and how MLP and head are cut.
+
+    mlp_tiles: pieces of the sequence that an MLP works on one after the other. head_tokens: tokens whose logits exist
+    at a time in the LM head and loss; None for all.
+    """
+
+    layers: tuple[LayerPolicy, ...] = (LayerPolicy(),)
+    mlp_tiles: int = 1
+    head_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("a memory policy needs at least one layer policy; one stands for every layer")
+        if self.mlp_tiles < 1 or (self.head_tokens is not None and self.head_tokens < 1):
+            raise ValueError(
+                f"mlp_tiles {self.mlp_tiles} and head_tokens {self.head_tokens} must be at least 1"
+            )
+
+    def layer(self, index: int, layers: int) -> LayerPolicy:
+        """The policy of layer `index` of `layers`. Raises ValueError when the entries do not fit their number."""
+        if len(self.layers) not in (1, layers):
+            raise ValueError(
+                f"the memory policy names {len(self.layers)} layers, the model has {layers}; give one for each, or one for all"
+            )
+        return self.layers[0 if len(self.layers) == 1 else index]

@@ -54,7 +54,8 @@ class BatchPlan:
             ranks = [rank for group in micro_batch.groups for rank in group.ranks]
             if len(set(ranks)) != len(ranks) or any(not 0 <= rank < self.world_size for rank in ranks):
                 raise ValueError(
-                    f"micro-batch {number} uses ranks {ranks}; give each of the ranks 0 to {self.world_size - 1} at most once"
+                    f"micro-batch {number} uses ranks {ranks}; give each of the ranks 0 to "
+                    f"{self.world_size - 1} at most once"
                 )
             for group in micro_batch.groups:
                 if not group.ranks or not group.sequences or list(group.ranks) != sorted(group.ranks):

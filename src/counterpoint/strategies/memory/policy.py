@@ -68,6 +68,7 @@ class MemoryPolicy:
         """The policy of layer `index` of `layers`. Raises ValueError when the entries do not fit their number."""
         if len(self.layers) not in (1, layers):
             raise ValueError(
-                f"the memory policy names {len(self.layers)} layers, the model has {layers}; give one for each, or one for all"
+                f"the memory policy names {len(self.layers)} layers, the model has {layers}; "
+                "give one for each, or one for all"
             )
         return self.layers[0 if len(self.layers) == 1 else index]

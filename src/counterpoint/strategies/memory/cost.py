@@ -182,8 +182,8 @@ def backward_saved_bytes(block: Block, policy: LayerPolicy, mlp_tiles: int = 1) 
     """Most bytes of saved buffers alive at once while the layer's backward pass runs, its input included.
 
     keep and offload: all of them. recompute: the input beside what a new forward pass saves. stream: the input, keys
-    and values (and what made them) of the whole sequence, and the buffers of one chunk; the norm of a chunk is
-    computed with the chunk.
+    and values of the whole sequence, and what one chunk saves on its way from the input to the output; what made
+    keys and values is computed again at the end, chunk by chunk, when they are gone.
     """
     kept = kept_tensors(block, mlp_tiles)
     tile = mlp_tile_bytes(block, mlp_tiles)
@@ -194,7 +194,7 @@ def backward_saved_bytes(block: Block, policy: LayerPolicy, mlp_tiles: int = 1) 
         return total(kept) + beside + tile
     longest = block.rows(max(chunk_lengths(block.tokens, policy.chunks)))
     chunk = total(kept_tensors(longest, mlp_tiles), ("norm", "queries", "attention", "mlp_norm", "mlp"))
-    whole = total(kept, ("norm", "keys")) + input_bytes(block)
+    whole = input_bytes(block) + total(s for s in kept if s.name in ("k", "v"))
     return whole + chunk + mlp_tile_bytes(longest, mlp_tiles)
 
 
@@ -246,8 +246,9 @@ def forward_flops(block: Block, layer: int = 0) -> int:
 def extra(block: Block, policy: LayerPolicy, mlp_tiles: int = 1, layer: int = 0) -> Extra:
     """What a layer's policy adds to computing it with everything kept.
 
-    A stream of D chunks multiplies with its weights D times forward and D times for the gradient of its input where
-    once would do, and adds to the weights' gradient D times; those of keys and values are used for all tokens at once.
+    A stream of D chunks reads its weights 3 D times (forward, forward again, gradient of the input) where twice would
+    do, those of keys and values 4 D times (they are computed once more at the end, to be differentiated), and adds to
+    float32 sums of their gradients D times.
     """
     c = block.config
     inside = 6 * c.hidden_size * c.intermediate_size * block.batch * block.tokens
@@ -260,9 +261,11 @@ def extra(block: Block, policy: LayerPolicy, mlp_tiles: int = 1, layer: int = 0)
     if policy.kind == "recompute":
         return Extra(forward_flops(block, layer) + tiled, weights, 0)
     chunks = len(chunk_lengths(block.tokens, policy.chunks))
-    narrow = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim * block.item
-    again = (2 * chunks - 1) * (weights - narrow) + narrow + 2 * (chunks - 1) * (weights - narrow)
-    return Extra(forward_flops(block, layer) + tiled, again, 0)
+    narrow = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    read = (3 * chunks - 2) * weights + chunks * narrow * block.item
+    sums = 2 * (chunks - 1) * layer_parameters(c) * ITEM_BYTES[block.wide]
+    keys = 2 * block.batch * block.tokens * narrow
+    return Extra(forward_flops(block, layer) + keys + tiled, read + sums, 0)
 
 
 # ---- a whole model ---------------------------------------------------------------------------------------------

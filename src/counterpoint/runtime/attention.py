@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from counterpoint.runtime.engine import Engine
+from counterpoint.schedule.place import placed
 from counterpoint.schedule.schedule import Schedule
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.strategies.sequence.attention import (
@@ -31,6 +34,7 @@ def attention(
     v: Tensor,
     *,
     mesh: DeviceMesh | None = None,
+    ranks: tuple[int, ...] | None = None,
     layout: SequenceLayout | str = "zigzag",
     causal: bool = True,
     window: int | None = None,
@@ -52,6 +56,11 @@ def attention(
     which tokens (its documents make the mask block-diagonal), or the name of a layout of one document, for which the
     ranks tell each other their lengths at every call. window: keys less than so many positions away are seen.
 
+    ranks: the ranks of the mesh that share the sequence, in the order of the layout's parts, when not all do; a
+    SequenceLayout is then needed. Other ranks may share other sequences at the same time, and groups may change from
+    call to call: all use the connections of the mesh. Ranks that meet in several groups must go through them in one
+    order.
+
     forward, backward: "tokenring", "ring", "bidirectional_ring", "allgather", "ulysses" or "rsa", with options as
     in "tokenring(packets=4)"; on a mesh with several axes one per axis, outermost first: ("ring", "tokenring").
     backward None: the same as forward. cached: the layout of earlier tokens whose keys and values are at hand; the
@@ -62,21 +71,24 @@ def attention(
     Raises ValueError for shapes, layouts and strategies that do not fit, PeerFailure when a peer is lost.
     """
     engine = Engine.of(mesh, timeout=timeout)
-    check_inputs(q, k, v, 0 if cached is None else cached.local_tokens(engine.rank))
-    layout = _agreed_layout(engine, layout, q.shape[2])
+    ranks = None if ranks is None else tuple(ranks)
+    group = _Group(engine, ranks, engine.place_in(ranks))
+    check_inputs(q, k, v, 0 if cached is None else cached.local_tokens(group.place))
+    layout = _agreed_layout(group, layout, q.shape[2])
+    shape = engine.shape if ranks is None else (len(ranks),)
     dtype = str(q.dtype).removeprefix("torch.")
     problem = _problem(
         AttentionShape(q.shape[0], q.shape[1], k.shape[1], q.shape[3], dtype, scale),
         layout,
-        engine.shape,
-        _per_axis(parse_choices(forward), engine),
-        _per_axis(parse_choices(forward if backward is None else backward), engine),
+        shape,
+        _per_axis(parse_choices(forward), shape),
+        _per_axis(parse_choices(forward if backward is None else backward), shape),
         causal,
         window,
         return_lse,
         cached,
     )
-    out, lse = _Attention.apply(q, k, v, engine, problem, timeline)  # type: ignore[misc]
+    out, lse = _Attention.apply(q, k, v, group, problem, timeline)  # type: ignore[misc]
     return (out, lse) if return_lse else out
 
 
@@ -100,7 +112,12 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, cached: int = 0) -> None:
         raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
 
 
-def _agreed_layout(engine: Engine, layout: SequenceLayout | str, tokens: int) -> SequenceLayout:
+def _agreed_layout(group: _Group, layout: SequenceLayout | str, tokens: int) -> SequenceLayout:
+    engine, ranks = group.engine, group.ranks
+    if isinstance(layout, str) and ranks is not None:
+        raise ValueError(
+            f"ranks {list(ranks)} need a SequenceLayout that says who holds what, got {layout!r}"
+        )
     if isinstance(layout, str):
         lengths = engine.local_lengths(tokens)
         layout = SequenceLayout(layout, sum(lengths), engine.world_size)
@@ -111,12 +128,13 @@ def _agreed_layout(engine: Engine, layout: SequenceLayout | str, tokens: int) ->
                 f"{expected}; shard the sequence with SequenceLayout.shard, or pass your SequenceLayout"
             )
         return layout
-    if layout.world_size != engine.world_size:
-        raise ValueError(f"the layout is for {layout.world_size} ranks, the mesh has {engine.world_size}")
-    if layout.local_tokens(engine.rank) != tokens:
+    size, what = (engine.world_size, "mesh") if ranks is None else (len(ranks), "group")
+    if layout.world_size != size:
+        raise ValueError(f"the layout is for {layout.world_size} ranks, the {what} has {size}")
+    held = layout.local_tokens(group.place)
+    if held != tokens:
         raise ValueError(
-            f"rank {engine.rank} holds {layout.local_tokens(engine.rank)} of the layout's {layout.tokens} tokens, "
-            f"but q has {tokens}"
+            f"rank {engine.rank} holds {held} of the layout's {layout.tokens} tokens, but q has {tokens}"
         )
     return layout
 
@@ -127,24 +145,53 @@ def _problem(*parts: Any) -> AttentionProblem:
     return AttentionProblem(*parts)
 
 
-def _per_axis(choices: tuple, engine: Engine) -> tuple:
-    # In a single process every strategy is the kernel alone, however many axes were meant.
-    return choices[:1] if engine.world_size == 1 and engine.shape == (1,) else choices
+def _per_axis(choices: tuple, shape: tuple[int, ...]) -> tuple:
+    # On a single rank every strategy is the kernel alone, however many axes were meant.
+    return choices[:1] if shape == (1,) else choices
+
+
+@lru_cache(maxsize=1024)
+def _placed(
+    write: Callable[[AttentionProblem, int], Schedule],
+    problem: AttentionProblem,
+    place: int,
+    ranks: tuple[int, ...],
+    world_size: int,
+) -> Schedule:
+    return placed(write(problem, place), ranks, world_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Ranks of an engine's mesh that work together, None being all, and this rank's number among them."""
+
+    engine: Engine
+    ranks: tuple[int, ...] | None
+    place: int
+
+    def schedule(
+        self, write: Callable[[AttentionProblem, int], Schedule], problem: AttentionProblem
+    ) -> Schedule:
+        """This rank's schedule, naming ranks of the mesh."""
+        if self.ranks is None:
+            return write(problem, self.place)
+        return _placed(write, problem, self.place, self.ranks, self.engine.world_size)
 
 
 class _Attention(torch.autograd.Function):
     """Forward runs the forward schedule, backward the backward schedule, both on tensors with tokens before heads."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, engine: Engine, problem: AttentionProblem, timeline):
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, group: _Group, problem: AttentionProblem, timeline):
         given = {name: _tokens_first(x) for name, x in (("q", q), ("k", k), ("v", v))}
-        made = engine.run(forward_schedule(problem, engine.rank), given, timeline)
+        made = group.engine.run(group.schedule(forward_schedule, problem), given, timeline)
         out = made.get("out", torch.empty_like(given["q"]))  # a rank without tokens has no outputs
         if any(ctx.needs_input_grad[:3]):
             known = {**given, **made, "out": out}
-            ctx.names = [v.name for v in backward_schedule(problem, engine.rank).inputs if v.name != "dout"]
+            ctx.schedule = group.schedule(backward_schedule, problem)
+            ctx.names = [v.name for v in ctx.schedule.inputs if v.name != "dout"]
             ctx.save_for_backward(*(known[name] for name in ctx.names))
-            ctx.engine, ctx.problem, ctx.timeline, ctx.shapes = engine, problem, timeline, (q, k, v)
+            ctx.engine, ctx.timeline = group.engine, timeline
             ctx.shapes = [(x.shape, x.dtype, x.device) for x in (q, k, v)]
         lse = made["lse"].transpose(1, 2) if "lse" in made and problem.wants_lse else None
         if lse is None and problem.wants_lse:
@@ -161,7 +208,7 @@ class _Attention(torch.autograd.Function):
             raise RuntimeError(
                 "sharded attention cannot be differentiated twice: call backward without create_graph"
             )
-        schedule: Schedule = backward_schedule(ctx.problem, ctx.engine.rank)
+        schedule: Schedule = ctx.schedule
         given = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         if any(v.name == "dout" for v in schedule.inputs):
             given["dout"] = _tokens_first(grads[0])

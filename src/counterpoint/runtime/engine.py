@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from counterpoint.runtime.executor import Executor
 from counterpoint.runtime.transport import Transport
+from counterpoint.schedule.place import check_ranks
 from counterpoint.schedule.schedule import Schedule
 from counterpoint.schedule.timeline import Timeline
 
@@ -72,6 +73,21 @@ class Engine:
     ) -> dict[str, Tensor]:
         """Execute this rank's schedule; see `Executor.run`."""
         return self.executor.run(schedule, inputs, timeline)
+
+    def place_in(self, ranks: Sequence[int] | None) -> int:
+        """This rank's number in a group of ranks of the mesh, None being all: its place in the list.
+
+        Groups need no communicator of their own; see schedule/place.py for why their messages cannot mix. Raises
+        ValueError for ranks that are not of the mesh, and on a rank that is not in the group.
+        """
+        if ranks is None:
+            return self.rank
+        check_ranks(ranks, self.world_size)
+        if self.rank not in ranks:
+            raise ValueError(
+                f"rank {self.rank} is not in the group {list(ranks)}; call this on its ranks only"
+            )
+        return list(ranks).index(self.rank)
 
     def local_lengths(self, tokens: int) -> list[int]:
         """How many tokens every rank holds, in rank order; collective."""

@@ -261,3 +261,18 @@ def test_time_grows_linearly_with_the_number_of_steps():
     (few, short), (many, long) = seconds(8), seconds(64)
     assert many > 6 * few
     assert long / many < 2.5 * short / few
+
+
+@pytest.mark.parametrize(("way", "least"), [("forward", 1.35), ("backward", 2.3), ("both", 2.0)])
+def test_packets_carry_tokenring_past_ring_where_links_bind(way, least):
+    """4x A10, 8,000 tokens, causal: both directions work, and the results of two steps are on their way at a time."""
+
+    def seconds(name: str) -> float:
+        given = problem(name, tokens=8_000, heads=32, kv_heads=32)
+        writes = {"forward": [forward_schedule], "backward": [backward_schedule]}
+        return sum(
+            simulate([write(given, rank) for rank in range(4)], find_cluster("a10x4-pcie")).seconds
+            for write in writes.get(way, [forward_schedule, backward_schedule])
+        )
+
+    assert seconds("ring") > least * seconds("tokenring(packets=4)")

@@ -70,11 +70,13 @@ class Outcome:
 
 
 def traffic(schedules: Sequence[Schedule], channel: str | None = None) -> dict[tuple[int, int], int]:
-    """Bytes by directed link (source, destination); of one channel only, if given."""
+    """Bytes by directed link (source, destination); of one channel ("out", with "out.even") only, if given."""
     total: dict[tuple[int, int], int] = {}
     for schedule in schedules:
         for step in schedule.steps:
-            if not isinstance(step, Send | Collective) or channel not in (None, step.channel):
+            if not isinstance(step, Send | Collective):
+                continue
+            if channel and channel != step.channel and not step.channel.startswith(f"{channel}."):
                 continue
             sends = [(step.to, step.inputs)] if isinstance(step, Send) else step.sends
             for to, names in sends:

@@ -43,7 +43,9 @@ def forward(
     """(q), (k, v) -> (out, lse).
 
     packets: heads are cut into so many packets that travel one by one, so returns start earlier and the last one,
-    which nothing hides, is smaller. relay: False sends Q to every peer directly instead of from rank to rank.
+    which nothing hides, is smaller; results of odd and of even steps then have a channel each, as those of one step
+    are still on their way to one rank when the first of the next are ready for another. relay: False sends Q to every
+    peer directly instead of from rank to rank.
     wire_dtype: of partial outputs on their way home (default: the dtype of q); logsumexp stays float32.
     """
     local = b.here(kv, axis)
@@ -101,18 +103,23 @@ def circulate(
     r, N = axis.rank, axis.size
     own = b.head_packets(q, packets)
     b.depth(axis.channel("q"), 2 * len(own))
-    b.depth(home.channel, 2 * len(own))
+
+    def way(t: int) -> str:  # the channel of the results of step t
+        return f"{home.channel}.even" if len(own) > 1 and t % 2 == 0 else home.channel
+
+    for channel in (way(0), way(1)):
+        b.depth(channel, max(2, len(own)))
     total: list[Block | None] = [None] * len(own)
     returned: list[Block] = []
     for t, blocks in enumerate(zip(*(walk(b, axis, packet, kv, relay) for packet in own), strict=True)):
         parts = [visit(block) for block in blocks]
         for part in parts if t > 0 else []:
-            home.send(b, part, axis[r + t])
+            home.send(b, part, axis[r + t], way(t))
         for p, part in enumerate(parts if t == 0 else returned):
             total[p] = combine(total[p], part, q.tokens[r])
         if t > 0:
             seen = b.seeing(q.tokens[r], [kv.tokens[(r - t) % N]])
-            returned = [home.receive(b, packet, seen, axis[r - t]) for packet in own]
+            returned = [home.receive(b, packet, seen, axis[r - t], way(t)) for packet in own]
     for p, part in enumerate(returned):
         total[p] = combine(total[p], part, q.tokens[r])
     filled = [part for part in total if part is not None]
@@ -158,11 +165,11 @@ class Homeward:
     specs: tuple[TensorSpec, ...]
     wire_dtype: str | None
 
-    def send(self, b: AttentionBuilder, part: Block, owner: int) -> None:
-        b.send_block(b.cast(part, self.wire_dtype or self.specs[0].dtype), owner, self.channel)
+    def send(self, b: AttentionBuilder, part: Block, owner: int, channel: str) -> None:
+        b.send_block(b.cast(part, self.wire_dtype or self.specs[0].dtype), owner, channel)
 
-    def receive(self, b: AttentionBuilder, own: Block, tokens: Tree, source: int) -> Block:
+    def receive(self, b: AttentionBuilder, own: Block, tokens: Tree, source: int, channel: str) -> Block:
         """What rank `source` made of the tokens `tokens` of this rank's own queries."""
         like = b.cast(Block((), b.with_heads(self.specs, own.heads), tokens, own.heads), self.wire_dtype)
         names = [f"{self.channel}_from{source}", f"lse_from{source}"]
-        return b.recv_block(like, tokens, source, self.channel, names[: len(self.specs)])
+        return b.recv_block(like, tokens, source, channel, names[: len(self.specs)])

@@ -1,8 +1,8 @@
 """Plan, simulate and run parallel training and serving of large language models.
 
 A strategy is written once, as a schedule, and the same schedule is executed for real or simulated. What
-most users need is here: `attention`, `SequenceLayout`, `Timeline`. Importing this package imports nothing
-heavy; torch comes with the first use of a name that needs it.
+most users need is here: `attention`, `linear_attention`, `SequenceLayout`, `Timeline`. Importing this
+package imports nothing heavy; torch comes with the first use of a name that needs it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from counterpoint.runtime.attention import attention as attention
+    from counterpoint.runtime.linear import linear_attention as linear_attention
     from counterpoint.runtime.relayout import relayout as relayout
     from counterpoint.schedule.timeline import Timeline as Timeline
     from counterpoint.strategies.sequence.layout import SequenceLayout as SequenceLayout
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "attention": "counterpoint.runtime.attention",
+    "linear_attention": "counterpoint.runtime.linear",
     "relayout": "counterpoint.runtime.relayout",
     "SequenceLayout": "counterpoint.strategies.sequence.layout",
     "Timeline": "counterpoint.schedule.timeline",
 }
 
-__all__ = ["SequenceLayout", "Timeline", "__version__", "attention", "relayout"]
+__all__ = ["SequenceLayout", "Timeline", "__version__", "attention", "linear_attention", "relayout"]
 
 
 def __getattr__(name: str) -> Any:

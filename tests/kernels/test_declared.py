@@ -6,8 +6,10 @@ import pytest
 
 from counterpoint.runtime.executor import _Run
 from counterpoint.schedule.schedule import Compute
+from counterpoint.strategies.sequence.linear_builder import DECAYS
 from support.cases import Case, run_case
 from support.grid import STRATEGIES
+from support.linear import LinearCase, run_linear
 
 CASES = [
     {"tokens": 61},
@@ -19,8 +21,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_value_of_every_strategy(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Checks everything that ranks compute while a test runs; the kernels that were seen."""
     defined, seen = _Run._defined, set()
 
     def checked(self: _Run, step, made, counted: bool = False) -> None:
@@ -43,6 +46,11 @@ def test_every_value_of_every_strategy(strategy: str, monkeypatch: pytest.Monkey
         defined(self, step, made, counted)
 
     monkeypatch.setattr(_Run, "_defined", checked)
+    return seen
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_value_of_every_strategy(strategy: str, seen: set[str]) -> None:
     for changes in CASES:
         forward = "/".join([strategy] * len(changes.get("mesh", (4,))))
         backward = forward.replace(strategy, "ring")
@@ -50,3 +58,12 @@ def test_every_value_of_every_strategy(strategy: str, monkeypatch: pytest.Monkey
         assert outcome.worst < (0.1 if changes.get("dtype") == "bfloat16" else 2e-5), outcome.errors
         run_case(Case(**({"forward": forward} | changes)))
     assert len(seen) >= 5
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_every_value_of_linear_attention(decay: str, seen: set[str]) -> None:
+    for causal, dtype in ((True, "float64"), (False, "float32"), (True, "bfloat16")):
+        for strategy in ("states", "states_chain", "states(wire_dtype=bfloat16)"):
+            case = LinearCase(4, 50, decay, strategy, causal=causal, dtype=dtype, documents=(3, 36, 11))
+            assert run_linear(case).worst < 0.1
+    assert len(seen) >= 8

@@ -17,6 +17,7 @@ from counterpoint.schedule.table import table
 from counterpoint.strategies.sequence.attention import backward_schedule, forward_schedule
 from support.cases import Case
 from support.grid import STRATEGIES
+from support.linear import LinearCase
 
 CASES = {
     **{name: Case((4,), name, heads=8, kv_heads=2, tokens=61) for name in STRATEGIES},
@@ -26,6 +27,8 @@ CASES = {
     "composed": Case(
         (2, 2), "ulysses/ring(wire_dtype=bfloat16)", "tokenring(relay=false)/allgather", tokens=33
     ),
+    "linear": LinearCase(3, 30, "scalar", "states(wire_dtype=bfloat16)", causal=False),
+    "linear chain": LinearCase(3, 30, "vector", "states_chain", documents=(20, 10)),
     "mixed dtype": Case((2,), "tokenring(wire_dtype=float32)", dtype="bfloat16"),
 }
 schedules = pytest.mark.parametrize("name", CASES)

@@ -10,6 +10,7 @@ import torch
 
 from counterpoint.cluster.presets import find_cluster
 from counterpoint.kernels.kernel import torch_dtype
+from counterpoint.schedule.schedule import Schedule
 from counterpoint.schedule.timeline import MemoryEvent, Timeline
 from counterpoint.simulator.simulate import simulate
 from counterpoint.strategies.sequence.attention import (
@@ -20,6 +21,8 @@ from counterpoint.strategies.sequence.attention import (
     parse_choices,
 )
 from counterpoint.strategies.sequence.layout import SequenceLayout
+from counterpoint.strategies.sequence.linear import LinearProblem, parse_linear
+from counterpoint.strategies.sequence.linear_builder import DECAYS, Decay, LinearShape
 from support.ranks import run_ranks
 
 NAMES = (
@@ -52,7 +55,22 @@ def test_runtime_and_simulator_agree(name: str, make):
     choices = parse_choices(name)
     shape = AttentionShape(1, 8, 4, 16)
     problem = AttentionProblem(shape, SequenceLayout("zigzag", 101, 4), mesh, choices, choices)
-    schedules = [make(problem, rank) for rank in range(4)]
+    agree([make(problem, rank) for rank in range(4)])
+
+
+@pytest.mark.parametrize("strategy", ["states", "states_chain", "states_chain(ahead=true)"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_they_agree_on_linear_attention(decay: Decay, strategy: str):
+    choice, shape = parse_linear(strategy), LinearShape(1, 8, 16, 12, decay)
+    for causal in (True, False):
+        layout = SequenceLayout("contiguous", 101, 4, (10, 70, 21))
+        problem = LinearProblem(shape, layout, choice, choice, causal)
+        for which in ("forward", "backward"):
+            agree([problem.schedule(which, rank) for rank in range(4)])
+
+
+def agree(schedules: list[Schedule]) -> None:
+    """The same spans, bytes by link and changes of memory in a run and in a simulation."""
     inputs = [
         {v.name: torch.rand(v.spec.shape).to(torch_dtype(v.spec.dtype)) for v in s.inputs} for s in schedules
     ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from counterpoint.runtime.engine import Engine
-from counterpoint.schedule.place import placed
+from counterpoint.runtime.group import Group, agreed_layout
 from counterpoint.schedule.schedule import Schedule
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.strategies.sequence.attention import (
@@ -71,18 +69,16 @@ def attention(
     Raises ValueError for shapes, layouts and strategies that do not fit, PeerFailure when a peer is lost.
     """
     engine = Engine.of(mesh, timeout=timeout)
-    ranks = None if ranks is None else tuple(ranks)
-    group = _Group(engine, ranks, engine.place_in(ranks))
+    group = Group.of(engine, ranks)
     check_inputs(q, k, v, 0 if cached is None else cached.local_tokens(group.place))
-    layout = _agreed_layout(group, layout, q.shape[2])
-    shape = engine.shape if ranks is None else (len(ranks),)
+    layout = agreed_layout(group, layout, q.shape[2])
     dtype = str(q.dtype).removeprefix("torch.")
     problem = _problem(
         AttentionShape(q.shape[0], q.shape[1], k.shape[1], q.shape[3], dtype, scale),
         layout,
-        shape,
-        _per_axis(parse_choices(forward), shape),
-        _per_axis(parse_choices(forward if backward is None else backward), shape),
+        group.shape,
+        _per_axis(parse_choices(forward), group.shape),
+        _per_axis(parse_choices(forward if backward is None else backward), group.shape),
         causal,
         window,
         return_lse,
@@ -112,33 +108,6 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, cached: int = 0) -> None:
         raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
 
 
-def _agreed_layout(group: _Group, layout: SequenceLayout | str, tokens: int) -> SequenceLayout:
-    engine, ranks = group.engine, group.ranks
-    if isinstance(layout, str) and ranks is not None:
-        raise ValueError(
-            f"ranks {list(ranks)} need a SequenceLayout that says who holds what, got {layout!r}"
-        )
-    if isinstance(layout, str):
-        lengths = engine.local_lengths(tokens)
-        layout = SequenceLayout(layout, sum(lengths), engine.world_size)
-        expected = [layout.local_tokens(rank) for rank in range(engine.world_size)]
-        if lengths != expected:
-            raise ValueError(
-                f"the ranks hold {lengths} tokens, but a {layout.kind} layout of {layout.tokens} tokens gives them "
-                f"{expected}; shard the sequence with SequenceLayout.shard, or pass your SequenceLayout"
-            )
-        return layout
-    size, what = (engine.world_size, "mesh") if ranks is None else (len(ranks), "group")
-    if layout.world_size != size:
-        raise ValueError(f"the layout is for {layout.world_size} ranks, the {what} has {size}")
-    held = layout.local_tokens(group.place)
-    if held != tokens:
-        raise ValueError(
-            f"rank {engine.rank} holds {held} of the layout's {layout.tokens} tokens, but q has {tokens}"
-        )
-    return layout
-
-
 @lru_cache(maxsize=256)
 def _problem(*parts: Any) -> AttentionProblem:
     """The same problem for the same arguments, so that layers do not check and hash it anew."""
@@ -150,39 +119,11 @@ def _per_axis(choices: tuple, shape: tuple[int, ...]) -> tuple:
     return choices[:1] if shape == (1,) else choices
 
 
-@lru_cache(maxsize=1024)
-def _placed(
-    write: Callable[[AttentionProblem, int], Schedule],
-    problem: AttentionProblem,
-    place: int,
-    ranks: tuple[int, ...],
-    world_size: int,
-) -> Schedule:
-    return placed(write(problem, place), ranks, world_size)
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Ranks of an engine's mesh that work together, None being all, and this rank's number among them."""
-
-    engine: Engine
-    ranks: tuple[int, ...] | None
-    place: int
-
-    def schedule(
-        self, write: Callable[[AttentionProblem, int], Schedule], problem: AttentionProblem
-    ) -> Schedule:
-        """This rank's schedule, naming ranks of the mesh."""
-        if self.ranks is None:
-            return write(problem, self.place)
-        return _placed(write, problem, self.place, self.ranks, self.engine.world_size)
-
-
 class _Attention(torch.autograd.Function):
     """Forward runs the forward schedule, backward the backward schedule, both on tensors with tokens before heads."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, group: _Group, problem: AttentionProblem, timeline):
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, group: Group, problem: AttentionProblem, timeline):
         given = {name: _tokens_first(x) for name, x in (("q", q), ("k", k), ("v", v))}
         made = group.engine.run(group.schedule(forward_schedule, problem), given, timeline)
         out = made.get("out", torch.empty_like(given["q"]))  # a rank without tokens has no outputs

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from counterpoint.kernels import attention, rows, shape  # noqa: F401 - their kernels are known by name once imported
+from counterpoint.kernels import attention, linear, rows, shape  # noqa: F401 - their kernels are known by name once imported
 from counterpoint.kernels.kernel import kernel_class, kernel_name
 from counterpoint.schedule.schedule import Collective, Compute, Copy, Recv, Schedule, Send, Step, Value
 

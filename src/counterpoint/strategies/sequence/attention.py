@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import Any
 
 from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.kernels.mask import AttentionMask
@@ -18,6 +15,7 @@ from counterpoint.schedule.schedule import Schedule, Value
 from counterpoint.strategies.sequence import allgather, bidirectional_ring, ring, rsa, tokenring, ulysses
 from counterpoint.strategies.sequence.blocks import AttentionShape, Axis, Block, Tree
 from counterpoint.strategies.sequence.builder import AttentionBuilder
+from counterpoint.strategies.sequence.choices import Choice, check_options, options_of, parse_choice
 from counterpoint.strategies.sequence.layout import SequenceLayout
 
 
@@ -43,17 +41,6 @@ STRATEGIES: Mapping[str, Strategy] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A strategy by name with options, for one axis of the mesh."""
-
-    name: str
-    options: tuple[tuple[str, Any], ...] = ()
-
-    def __str__(self) -> str:
-        return self.name + (f"({', '.join(f'{k}={v}' for k, v in self.options)})" if self.options else "")
-
-
 Choices = str | Choice | tuple["str | Choice", ...] | list["str | Choice"]
 
 
@@ -65,22 +52,9 @@ def parse_choices(given: Choices) -> tuple[Choice, ...]:
     parts = (
         given.split("/") if isinstance(given, str) else [given] if isinstance(given, Choice) else list(given)
     )
-    return tuple(part if isinstance(part, Choice) else _parse_choice(part) for part in parts)
-
-
-@lru_cache(maxsize=256)
-def _parse_choice(text: str) -> Choice:
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
-    if not match or match[1] not in STRATEGIES:
-        raise ValueError(f"strategy {text!r} is unknown; use one of {', '.join(STRATEGIES)}")
-    options = {}
-    for item in filter(None, (part.strip() for part in (match[2] or "").split(","))):
-        key, equals, value = (x.strip() for x in item.partition("="))
-        if not equals:
-            raise ValueError(f"option {item!r} of strategy {match[1]} has no value; write name=value")
-        words = {"true": True, "false": False, "none": None}
-        options[key] = words.get(value.lower(), int(value) if re.fullmatch(r"-?\d+", value) else value)
-    return Choice(match[1], tuple(sorted(options.items())))
+    return tuple(
+        part if isinstance(part, Choice) else parse_choice(part, tuple(STRATEGIES)) for part in parts
+    )
 
 
 @dataclass(frozen=True)
@@ -125,7 +99,9 @@ class AttentionProblem:
                     f"{len(self.mesh)} axes; give one per axis, outermost first"
                 )
             for choice in choices:
-                _check_options(choice, name)
+                known = STRATEGIES.get(choice.name)
+                functions = (known.forward, known.backward) if known else ()
+                check_options(choice, name, functions, tuple(STRATEGIES))
 
     @property
     def mask(self) -> AttentionMask:
@@ -172,26 +148,6 @@ def _levels(choices: tuple[Choice, ...]) -> tuple[Level, ...]:
         elif axes:
             levels.append((str(choices[axes[0]]), axes))
     return tuple(levels)
-
-
-def _check_options(choice: Choice, direction: str) -> None:
-    if choice.name not in STRATEGIES:
-        raise ValueError(f"strategy {choice.name!r} is unknown; use one of {', '.join(STRATEGIES)}")
-    strategy = STRATEGIES[choice.name]
-    allowed = _options(strategy.forward) | _options(strategy.backward)
-    for key, value in choice.options:
-        if key not in allowed:
-            known = f"it has {', '.join(sorted(allowed))}" if allowed else "it has none"
-            raise ValueError(f"{direction} strategy {choice.name} has no option {key!r}; {known}")
-        if key == "wire_dtype" and value is not None:
-            TensorSpec((), value)
-
-
-@lru_cache(maxsize=64)
-def _options(function: Callable) -> frozenset[str]:
-    return frozenset(
-        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
-    )
 
 
 @lru_cache(maxsize=1024)
@@ -242,7 +198,7 @@ def _nest(b: AttentionBuilder, problem: AttentionProblem, levels, choices, rank:
     """The strategies of all levels as one function of (q, kv): each calls the next one, the last one the kernel."""
 
     def call(function: Callable, axis: Axis, choice: Choice, inner: Callable) -> Callable:
-        options = {key: value for key, value in choice.options if key in _options(function)}
+        options = {key: value for key, value in choice.options if key in options_of(function)}
         return lambda q, kv: function(b, axis, q, kv, inner, **options)
 
     attend: Callable = b.attend if way == "forward" else b.attend_backward

@@ -68,9 +68,11 @@ def train(
 
 def check(settings) -> None:
     """Finds mistakes in what a configuration points to before any worker starts; ValueError or OSError."""
-    from counterpoint.training.model import check_attention, model_config
+    from counterpoint.training.model import check_attention, check_memory, model_config
 
-    check_attention(settings, model_config(settings.model))
+    shape = model_config(settings.model)
+    check_attention(settings, shape)
+    check_memory(settings, shape)
 
 
 def _finish(worker, settings) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,10 @@ from counterpoint.model.loss import token_loss
 
 # q (B, H, S, D), k (B, G, S, D), v (B, G, S, D) -> out (B, H, S, D)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# layer, x (B, S, E), cos, sin (1 or B, 1, S, D), attend -> x: runs a layer, and decides what it keeps
+RunLayer = Callable[["Layer", Tensor, Tensor, Tensor, Attend], Tensor]
+# hidden states (B, S, E), head -> whatever is wanted of them
+UseHidden = Callable[[Tensor, nn.Linear], Any]
 
 
 class Linear(nn.Linear):
@@ -49,13 +54,25 @@ class Attention(nn.Module):
         self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
-        out = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v.transpose(1, 2))
+        return self.output(attend(self.queries(x, cos, sin), *self.keys_values(x, cos, sin)))
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, H, S, D), rotated."""
+        q = self._heads(self.q_proj(x))
+        # back to the projection's dtype: under autocast the norm and the angles are float32
+        return _rotate(self.q_norm(q).transpose(1, 2), cos, sin).to(q.dtype)
+
+    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, G, S, D) each, the keys rotated."""
+        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        return _rotate(self.k_norm(k).transpose(1, 2), cos, sin).to(k.dtype), v.transpose(1, 2)
+
+    def output(self, out: Tensor) -> Tensor:
+        """(B, H, S, D) of attention to (B, S, E)."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -78,9 +95,26 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, run: RunLayer | None = None
+    ) -> Tensor:
+        # through the module's own call, so that what wraps modules (FSDP) sees one forward per layer
+        return self.compute(x, cos, sin, attend) if run is None else run(self, x, cos, sin, attend)
+
+    def compute(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        mlp: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The layer as it is written, with another way to run its feed-forward if given."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.feed_forward(x, mlp)
+
+    def feed_forward(self, x: Tensor, mlp: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        return x + (mlp or self.mlp)(self.post_attention_layernorm(x))
 
 
 class Trunk(nn.Module):
@@ -93,7 +127,13 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in config.layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, attend: Attend | Sequence[Attend]) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        attend: Attend | Sequence[Attend],
+        run: Sequence[RunLayer | None] | None = None,
+    ) -> Tensor:
         per_layer = [attend] * len(self.layers) if callable(attend) else attend
         if len(per_layer) != len(self.layers):
             raise ValueError(
@@ -102,8 +142,9 @@ class Trunk(nn.Module):
         x = self.embed_tokens(tokens)
         cos, sin = rotary_angles(self.config, position_ids)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer, attend_here in zip(self.layers, per_layer):
-            x = layer(x, cos, sin, attend_here)
+        runs = [None] * len(self.layers) if run is None else run
+        for layer, attend_here, run_here in zip(self.layers, per_layer, runs, strict=True):
+            x = layer(x, cos, sin, attend_here, run_here)
         return self.norm(x)
 
 
@@ -125,17 +166,24 @@ class Decoder(nn.Module):
         position_ids: Tensor,
         attend: Attend | Sequence[Attend],
         labels: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        *,
+        run: Sequence[RunLayer | None] | None = None,
+        use: UseHidden | None = None,
+    ) -> Any:
         """Logits (B, S, V); with labels the sum of the token losses and the number of tokens that counted.
 
         tokens (B, S) int64; position_ids (S,) or (B, S), positions inside each document; attend: one function
         for all layers or a sequence with one per layer (for windows that differ, or a cache); labels (B, S),
-        already shifted, -100 where no loss is wanted (see `token_loss`).
+        already shifted, -100 where no loss is wanted (see `token_loss`); run: how each layer is run, and with it
+        what is kept for the backward pass (see counterpoint.runtime.memory), None as written; use: what is made
+        of the hidden states and the head instead of logits, and returned.
         """
-        hidden = self.model(tokens, position_ids, attend)
+        hidden = self.model(tokens, position_ids, attend, run)
+        if use is not None:
+            return use(hidden, self.lm_head)
         if labels is None:
             return self.lm_head(hidden)
-        return token_loss(hidden, self.lm_head, labels)
+        return token_loss(hidden, self.lm_head.weight, labels)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

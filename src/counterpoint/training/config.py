@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from counterpoint.strategies.memory.policy import MemoryPolicy, parse_layers
 from counterpoint.strategies.sequence.attention import parse_choices
 from counterpoint.training.config_errors import explain, yaml_text
 
@@ -97,6 +98,28 @@ class ParallelConfig(Section):
         return self
 
 
+def _layer_policies(value: Any) -> Any:
+    if not isinstance(value, str | list | tuple) or not all(isinstance(x, str) for x in value):
+        return value
+    return tuple(str(policy) for policy in parse_layers(value))
+
+
+class MemoryConfig(Section):
+    layers: Annotated[tuple[str, ...], BeforeValidator(_layer_policies)] = Field(
+        ("keep",),
+        min_length=1,
+        description="keep, recompute, stream(CHUNKS) or offload(RATIO): one for all layers, or a list with one each",
+    )
+    mlp_tiles: int = Field(1, ge=1, description="pieces of the sequence that an MLP works on one by one")
+    head_tokens: int | None = Field(
+        1024, ge=1, description="tokens whose logits exist at a time in head and loss; null: all"
+    )
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        return MemoryPolicy(parse_layers(self.layers), self.mlp_tiles, self.head_tokens)
+
+
 class OptimizerConfig(Section):
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     min_lr: float = Field(1e-4, ge=0, description="learning rate at the last step")
@@ -165,6 +188,7 @@ class TrainConfig(Section):
     parallel: ParallelConfig = ParallelConfig()  # type: ignore[call-arg]
     optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
     training: TrainingConfig = TrainingConfig()  # type: ignore[call-arg]
+    memory: MemoryConfig = MemoryConfig()  # type: ignore[call-arg]
     checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
     metrics: MetricsConfig = MetricsConfig()  # type: ignore[call-arg]
 

@@ -80,6 +80,17 @@ def check_attention(config: TrainConfig, shape: ModelConfig) -> None:
         raise ValueError(f"parallel.forward, parallel.backward: {error}") from None
 
 
+def check_memory(config: TrainConfig, shape: ModelConfig, device: str | None = None) -> None:
+    """ValueError when the memory policy does not fit the model's layers, or the kind of device ("cpu", "cuda")."""
+    policy = config.memory.policy
+    layers = [policy.layer(i, shape.num_hidden_layers) for i in shape.layers]
+    if device == "cpu" and any(layer.kind == "offload" for layer in layers):
+        raise ValueError(
+            "memory.layers = offload needs a GPU: on a CPU host memory is the device's own, there is nowhere to "
+            "move activations to; use recompute or stream"
+        )
+
+
 def _fields(model: Mapping[str, Any], vocabulary: int | None) -> dict[str, Any]:
     fields = dict(model)
     preset = fields.pop("preset", None)

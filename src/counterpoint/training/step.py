@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from counterpoint.kernels.mask import AttentionMask
 from counterpoint.model.decoder import Decoder
-from counterpoint.model.loss import IGNORE
+from counterpoint.model.loss import IGNORE, token_loss
 from counterpoint.runtime.attention import attention
+from counterpoint.runtime.memory.layers import layer_runs
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.strategies.sequence.layout import SequenceLayout
 from counterpoint.training.config import TrainConfig
@@ -95,14 +97,17 @@ def token_losses(
         timeline=timeline,
         timeout=parallel.timeout,
     )
+    masks = [AttentionMask(window=shape.window(layer), documents=layout.documents) for layer in shape.layers]
+    memory = config.memory.policy
+    labels = layout.shard(batch.labels, rank).to(device)
     with _precision(config, processes):
-        loss, _ = model(
+        return model(
             layout.shard(batch.tokens, rank).to(device),
             layout.position_ids(rank).to(device),
             [partial(attend, window=shape.window(layer)) for layer in shape.layers],
-            layout.shard(batch.labels, rank).to(device),
+            run=layer_runs(memory, len(shape.layers), masks if processes.sequence_size == 1 else None),
+            use=lambda hidden, head: token_loss(hidden, head.weight, labels, memory.head_tokens)[0],
         )
-    return loss
 
 
 def own_sequences(stream: PackedStream, n: int, processes: Processes) -> Iterator[Batch]:

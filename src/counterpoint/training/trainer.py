@@ -20,7 +20,7 @@ from counterpoint.training.data import PackedStream
 from counterpoint.training.launch import StopSignal, Worker
 from counterpoint.training.mesh import Processes, open_processes
 from counterpoint.training.metrics import Metrics
-from counterpoint.training.model import check_attention, model_config
+from counterpoint.training.model import check_attention, check_memory, model_config
 from counterpoint.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from counterpoint.training.progress import Reporter, warn
 from counterpoint.training.step import evaluate, shard, train_step
@@ -61,6 +61,7 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
         tokenizer = prepare_tokenizer(config, corpus, directory / "tokenizer", processes)
         shape = model_config(config.model, tokenizer.vocab_size)
         check_attention(config, shape)
+        check_memory(config, shape, processes.device.type)
         stream, held_out = (partial(open_stream, config, corpus.split(s), tokenizer) for s in _SPLITS)
         model = shard(Decoder(shape, training.seed), config, processes)
         optimizer = make_optimizer(model, config.optimizer)

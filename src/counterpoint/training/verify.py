@@ -16,7 +16,7 @@ from counterpoint.training.config import TrainConfig
 from counterpoint.training.corpus import open_corpus
 from counterpoint.training.launch import Worker
 from counterpoint.training.mesh import Processes, open_processes
-from counterpoint.training.model import check_attention, model_config
+from counterpoint.training.model import check_attention, check_memory, model_config
 from counterpoint.training.step import own_sequences, shard, token_losses
 from counterpoint.training.trainer import open_stream, prepare_tokenizer
 
@@ -69,6 +69,7 @@ def verify(config: TrainConfig, worker: Worker | None = None) -> int:
         tokenizer = prepare_tokenizer(config, corpus, directory / "tokenizer", processes)
         shape = model_config(config.model, tokenizer.vocab_size)
         check_attention(config, shape)
+        check_memory(config, shape, processes.device.type)
         batch = partial(open_stream, config, corpus.split("train"), tokenizer)
         model = Decoder(shape, config.training.seed)
         alone = Processes(0, 1, 0, 1, 0, 1, torch.device("cpu"))

@@ -5,6 +5,8 @@ A policy is data, as a schedule is. Running it is the runtime's part, pricing it
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -72,3 +74,41 @@ class MemoryPolicy:
                 "give one for each, or one for all"
             )
         return self.layers[0 if len(self.layers) == 1 else index]
+
+
+def parse_layers(given: str | LayerPolicy | Iterable[str | LayerPolicy]) -> tuple[LayerPolicy, ...]:
+    """Layer policies from text: "recompute", "stream(8)", or one for each layer: "keep*2, stream(8)*10".
+
+    A list is read entry by entry. Raises ValueError naming the entry that is not understood, and what is.
+    """
+    entries = [given] if isinstance(given, str | LayerPolicy) else list(given)
+    found: list[LayerPolicy] = []
+    for entry in entries:
+        if isinstance(entry, LayerPolicy):
+            found.append(entry)
+            continue
+        for text in entry.split(","):
+            found += _parse_entry(text)
+    return tuple(found)
+
+
+def _parse_entry(text: str) -> list[LayerPolicy]:
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\(\s*([\d.]+)\s*\))?\s*(?:\*\s*([1-9]\d*))?\s*", text)
+    kind, number, times = match.groups(default="") if match else ("", "", "")
+    if kind in ("keep", "recompute") and not number:
+        policy = LayerPolicy(kind)  # type: ignore[arg-type]
+    elif kind == "stream" and number:
+        if not number.isdecimal() or int(number) < 1:
+            raise ValueError(f"memory policy {text.strip()!r}: the number of chunks is a whole number from 1")
+        policy = LayerPolicy("stream", chunks=int(number))
+    elif kind == "offload" and number:
+        try:
+            policy = LayerPolicy("offload", ratio=float(number))
+        except ValueError:
+            raise ValueError(f"memory policy {text.strip()!r}: the ratio is a number from 0 to 1") from None
+    else:
+        raise ValueError(
+            f"memory policy {text.strip()!r} is not understood; write keep, recompute, stream(CHUNKS) or "
+            "offload(RATIO), with *N behind it for N layers"
+        )
+    return [policy] * int(times or 1)

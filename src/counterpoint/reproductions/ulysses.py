@@ -15,12 +15,12 @@ from counterpoint.reproductions.check import EXACTLY, Check, Reproduction, Toler
 from counterpoint.reproductions.common import exactness_checks
 from counterpoint.reproductions.layer import (
     Model,
-    all_gather,
     layer_flops,
     megatron_seconds,
     ulysses_case,
     ulysses_seconds,
 )
+from counterpoint.strategies.data.gather import all_gather
 
 H, D, E = 32, 128, 2
 

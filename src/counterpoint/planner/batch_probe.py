@@ -1,0 +1,222 @@
+"""What a group of ranks takes for one attention layer: the strategy's own schedule, costed and simulated.
+
+Computing: every kernel of a rank's schedule, by its work and the device's curves. Communication: the schedules of
+all ranks simulated on the group's places with devices that compute in no time. A ring's steps are alike, so a ring
+of few ranks that crosses the same levels tells the time of a step, and a longer ring has more of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+from counterpoint.cluster.cluster import Cluster
+from counterpoint.cluster.curves import Curve
+from counterpoint.cluster.device import WORK_CLASSES, Device
+from counterpoint.kernels.attention import Attend, AttendBackward
+from counterpoint.kernels.kernel import TensorSpec
+from counterpoint.kernels.mask import Area
+from counterpoint.schedule.builder import Builder
+from counterpoint.schedule.schedule import Collective, Compute, Schedule, Value
+from counterpoint.simulator.cost import kernel_cost
+from counterpoint.simulator.fold import fold
+from counterpoint.simulator.simulate import simulate
+from counterpoint.strategies.sequence.attention import (
+    AttentionProblem,
+    backward_schedule,
+    forward_schedule,
+    parse_choices,
+)
+from counterpoint.strategies.sequence.blocks import AttentionShape
+from counterpoint.strategies.sequence.layout import SequenceLayout
+
+GroupStrategy = Literal["ulysses", "ring"]
+RINGS = (4, 6)  # ranks of the rings whose steps are timed
+
+_PASSES: tuple[Callable[[AttentionProblem, int], Schedule], ...] = (forward_schedule, backward_schedule)
+
+
+def problem(
+    shape: AttentionShape, strategy: GroupStrategy, ranks: int, lengths: Sequence[int], *, causal: bool = True
+) -> AttentionProblem:
+    """Attention over packed sequences that are all split over the group's ranks."""
+    choices = parse_choices(strategy)
+    kind = "document-zigzag" if strategy == "ring" and causal else "contiguous"
+    documents = tuple(lengths) if len(lengths) > 1 else ()
+    layout = SequenceLayout(kind, sum(lengths), ranks, documents)
+    return AttentionProblem(shape, layout, (ranks,), choices, choices, causal)
+
+
+def compute_seconds(schedule: Schedule, device: Device, share: float = 1.0) -> float:
+    """All kernels of a rank's schedule (s); `share` of the pairs are visible.
+
+    One sequence of T tokens stands for many short ones of T in all: they have the same tensors and fewer pairs.
+    """
+    total = 0.0
+    for step in schedule.steps:
+        if not isinstance(step, Compute):
+            continue
+        kernel, inputs = step.kernel, [schedule.values[name].spec for name in step.inputs]
+        if isinstance(kernel, Attend | AttendBackward) and share < 1.0:
+            pairs = round(share * sum(a.pairs for a in kernel.areas))
+            kernel = replace(kernel, areas=(Area(0, 1, 0, pairs),))
+        total += kernel_cost(device, kernel, inputs)[0]
+    return total
+
+
+def compute(
+    shape: AttentionShape, strategy: GroupStrategy, ranks: int, tokens: int, share: float, device: Device
+) -> tuple[float, float]:
+    """(forward, backward) seconds of a rank's kernels for `tokens` tokens a rank.
+
+    share: visible pairs, of those that one sequence of all the tokens has.
+    """
+    small = min(ranks, RINGS[1]) if strategy == "ring" else ranks
+    found = []
+    for make in _PASSES:
+        total = compute_seconds(make(problem(shape, strategy, small, (tokens * small,)), 0), device, share)
+        if small < ranks:  # the first step is the rank's own block, the others are alike
+            own = compute_seconds(make(problem(shape, strategy, 1, (tokens,)), 0), device, share)
+            total = own + (total - own) * (ranks - 1) / (small - 1)
+        found.append(total)
+    return found[0], found[1]
+
+
+def communication(
+    shape: AttentionShape,
+    strategy: GroupStrategy,
+    places: Sequence[int],
+    loads: Sequence[int],
+    cluster: Cluster,
+    forwards: int = 1,
+) -> tuple[list[float], list[float]]:
+    """(messages that computing never hides, messages that it may hide) of a layer, forward and backward, in seconds.
+
+    One figure for each number of tokens a rank; `forwards` forward passes (2 where layers are recomputed). A ring's
+    last gradients travel home when all is computed.
+    """
+    if len(places) == 1:
+        return [0.0 for _ in loads], [0.0 for _ in loads]
+    if strategy == "ulysses":
+        return [forwards * f + b for f, b in _exchanges(shape, places, loads, cluster)], [0.0 for _ in loads]
+    count, instant, slow = len(places), _with_rates(cluster, 1e30), _with_rates(cluster, 1e3)
+    rings = [places] if count <= RINGS[1] else [_crossing(cluster, places, size) for size in RINGS]
+    bare, hideable = [], []
+    for tokens in loads:
+        total = last = 0.0
+        for make, times in zip(_PASSES, (forwards, 1), strict=True):
+            took = [_ring(shape, make, ring, tokens, instant)[0] for ring in rings]
+            if len(took) > 1:  # a longer ring has more steps, all alike
+                took[0] += (took[1] - took[0]) * (count - RINGS[0]) / (RINGS[1] - RINGS[0])
+            total += times * took[0]
+            seconds, computing = _ring(shape, make, rings[0], tokens, slow)
+            last += times * (seconds - computing)
+        bare.append(min(last, total))
+        hideable.append(total - min(last, total))
+    return bare, hideable
+
+
+def _ring(
+    shape: AttentionShape,
+    make: Callable[[AttentionProblem, int], Schedule],
+    places: Sequence[int],
+    tokens: int,
+    cluster: Cluster,
+) -> tuple[float, float]:
+    """(seconds of a pass, of which the busiest rank computes)."""
+    asked = problem(shape, "ring", len(places), (tokens * len(places),))
+    schedules, symmetry = fold(partial(make, asked), (len(places),))
+    timeline = simulate(schedules, cluster, placement=list(places), symmetry=symmetry)
+    return timeline.seconds, max(timeline.categories(rank)["compute"] for rank in timeline.ranks)
+
+
+def _exchanges(
+    shape: AttentionShape, places: Sequence[int], loads: Sequence[int], cluster: Cluster
+) -> list[tuple[float, float]]:
+    """Ulysses' exchanges of all loads and both passes in one simulation, which finds the ways between ranks once."""
+    size = len(places)
+    parts = [
+        (load, way, problem(shape, "ulysses", size, (tokens * size,)))
+        for load, tokens in enumerate(loads)
+        for way in (0, 1)
+    ]
+
+    def alone(rank: int) -> Schedule:
+        b = Builder("exchanges", rank, size)
+        own: dict[int, Value] = {}
+        for _, way, asked in parts:
+            schedule = _PASSES[way](asked, rank)
+            for step in schedule.steps:
+                if not isinstance(step, Collective):
+                    continue
+                sends = {to: schedule.nbytes(names) for to, names in step.sends}
+                recvs = {source: sum(v.spec.nbytes for v in made) for source, made in step.recvs}
+                for nbytes in sends.values():
+                    if nbytes not in own:
+                        own[nbytes] = b.input(f"own{nbytes}", TensorSpec((nbytes,), "uint8"))
+                b.collective(
+                    step.kind,
+                    "exchanges",
+                    {to: [own[n]] for to, n in sends.items()},
+                    {source: [("got", TensorSpec((n,), "uint8"))] for source, n in recvs.items()},
+                )
+        return b.finish({})
+
+    schedules, symmetry = fold(alone, (size,))
+    timeline = simulate(schedules, _with_rates(cluster, 1e30), placement=list(places), symmetry=symmetry)
+    first = iter(
+        [s.seconds for s in timeline.spans if s.rank == timeline.ranks[0] and s.kind == "collective"]
+    )
+    found = [[0.0, 0.0] for _ in loads]
+    for load, way, asked in parts:
+        for step in _PASSES[way](asked, 0).steps:
+            if isinstance(step, Collective):
+                found[load][way] += next(first)
+    return [(forward, backward) for forward, backward in found]
+
+
+def simulated(
+    shape: AttentionShape,
+    strategy: GroupStrategy,
+    places: Sequence[int],
+    lengths: Sequence[int],
+    cluster: Cluster,
+) -> tuple[float, float]:
+    """(forward, backward) seconds of a layer with its messages: what the fit has to meet."""
+    asked = problem(shape, strategy, len(places), tuple(lengths))
+    found = []
+    for make in _PASSES:
+        schedules, symmetry = fold(partial(make, asked), (len(places),))
+        found.append(simulate(schedules, cluster, placement=list(places), symmetry=symmetry).seconds)
+    return found[0], found[1]
+
+
+def _crossing(cluster: Cluster, places: Sequence[int], count: int) -> list[int]:
+    """`count` of the places that lie around a border of the outermost level that they cross."""
+    tier = cluster.tier(places)
+    step = cluster.sizes[tier - 1] if tier else 1
+    border = next(i for i in range(1, len(places)) if places[i] // step != places[i - 1] // step)
+    first = min(max(0, border - count // 2), len(places) - count)
+    return list(places[first : first + count])
+
+
+def _with_rates(cluster: Cluster, flops_per_second: float) -> Cluster:
+    """The same links between devices that attend at this rate, do all else in no time, and never run out of memory."""
+    devices = {
+        name: replace(
+            device,
+            rates={
+                c: dict.fromkeys(device.peak_flops_per_second, Curve.constant(flops_per_second))
+                for c in WORK_CLASSES
+                if c != "elementwise"
+            },
+            memory=tuple(
+                replace(tier, size_bytes=1 << 60, attained=Curve.constant(1e30)) for tier in device.memory
+            ),
+            launch_seconds=0.0,
+        )
+        for name, device in cluster.devices.items()
+    }
+    return replace(cluster, devices=devices)

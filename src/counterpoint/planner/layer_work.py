@@ -1,0 +1,110 @@
+"""What the layers of a model cost apart from attention itself, by layer type: matrix products, norms, memory kept.
+
+Everything is per token of one rank with whole weights (data or sequence parallelism). Matrix products are those of
+`model.decoder`; a backward pass does each twice (for the input and for the weight).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from counterpoint.cluster.device import Device, WorkClass
+from counterpoint.kernels.kernel import ITEM_BYTES
+from counterpoint.model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """A type of layer, and how far its queries see (None: all tokens before them)."""
+
+    type: str = "full_attention"
+    window: int | None = None
+
+    def pairs(self, length: int) -> int:
+        """(query, key) pairs that see each other in a causal sequence of `length` tokens."""
+        w = length if self.window is None else min(self.window, length)
+        return w * (w + 1) // 2 + (length - w) * w
+
+
+def layer_kinds(config: ModelConfig) -> dict[LayerKind, int]:
+    """How many layers of each kind the model has."""
+    kinds: Counter[LayerKind] = Counter()
+    for layer in config.layers:
+        window = config.window(layer)
+        kinds[LayerKind("full_attention" if window is None else "sliding_attention", window)] += 1
+    return dict(kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A kernel over some tokens: floating-point operations and bytes moved, and how often it runs."""
+
+    operator: WorkClass
+    flops: float
+    nbytes: float
+    times: int = 1
+
+
+def product(tokens: int, inner: int, outer: int, dtype: str, times: int = 1) -> Operation:
+    """(tokens, inner) times (inner, outer)."""
+    moved = ITEM_BYTES[dtype] * (tokens * inner + inner * outer + tokens * outer)
+    return Operation("matmul", 2.0 * tokens * inner * outer, moved, times)
+
+
+def layer_operations(config: ModelConfig, tokens: int, dtype: str) -> list[Operation]:
+    """The forward pass of a layer without attention: matrix products, and what goes over the hidden state."""
+    h, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    e = ITEM_BYTES[dtype]
+    return [
+        product(tokens, h, q, dtype),
+        product(tokens, h, kv, dtype, 2),
+        product(tokens, q, h, dtype),
+        product(tokens, h, f, dtype, 2),
+        product(tokens, f, h, dtype),
+        Operation("elementwise", 0.0, 2.0 * e * tokens * h, 2),  # two norms
+        Operation("elementwise", 0.0, 2.0 * e * tokens * (q + kv)),  # rotary embedding
+        Operation("elementwise", 0.0, 3.0 * e * tokens * f),  # silu(gate) * up
+        Operation("elementwise", 0.0, 3.0 * e * tokens * h, 2),  # two residual sums
+    ]
+
+
+def head_operations(config: ModelConfig, tokens: int, dtype: str) -> list[Operation]:
+    """The forward pass of embedding, last norm, LM head and loss."""
+    h, e = config.hidden_size, ITEM_BYTES[dtype]
+    return [
+        Operation("elementwise", 0.0, 2.0 * e * tokens * h, 2),
+        product(tokens, h, config.vocab_size, dtype),
+        Operation("elementwise", 0.0, 2.0 * e * tokens * config.vocab_size),
+    ]
+
+
+def seconds(device: Device, operations: list[Operation], dtype: str, *, backward: bool) -> float:
+    """Time (s) of some operations, forward, or backward (each twice)."""
+    once = sum(op.times * device.seconds(op.operator, op.flops, op.nbytes, dtype) for op in operations)
+    return 2 * once if backward else once
+
+
+def activation_bytes(config: ModelConfig, dtype: str, *, recompute: bool) -> float:
+    """Bytes of one token kept in one layer for its backward pass.
+
+    Kept whole: two layer inputs and two norm outputs (h each), q, k, v, the attention output and its logsumexp,
+    gate, up and their product. Recomputed: the layer's input alone.
+    """
+    h, f, e = config.hidden_size, config.intermediate_size, ITEM_BYTES[dtype]
+    if recompute:
+        return e * h
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return e * (4 * h + 2 * q + 2 * kv + 3 * f) + 4 * config.num_attention_heads
+
+
+def head_bytes(config: ModelConfig, dtype: str) -> float:
+    """Bytes of one token in LM head and loss: logits in the model's dtype, once and as a gradient."""
+    return 2.0 * ITEM_BYTES[dtype] * config.vocab_size
+
+
+def layer_parameters(config: ModelConfig) -> float:
+    """Trained parameters of one layer, mean."""
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return (config.parameters() - embeddings) / config.num_hidden_layers

@@ -1,0 +1,77 @@
+"""Costs of batches are fitted to simulated schedules; they meet simulations that they have not seen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from counterpoint.cluster.presets import find_cluster
+from counterpoint.planner import batch_probe, layer_work
+from counterpoint.planner.batch_cost import BatchCost
+from support.batches import MODEL, small_cost
+
+
+def simulated(cost: BatchCost, ranks: list[int], lengths: list[int]) -> float:
+    """Forward and backward of a group: every layer's schedule simulated, the rest from the device's curves."""
+    strategy = cost.strategy_of(len(ranks))
+    attention = sum(batch_probe.simulated(cost.shape, strategy, ranks, lengths, cost.cluster))
+    tokens, device, model = -(-sum(lengths) // len(ranks)), cost.cluster.device(0), cost.model
+
+    def both(operations: list[layer_work.Operation]) -> float:
+        return sum(layer_work.seconds(device, operations, cost.dtype, backward=b) for b in (False, True))
+
+    layer = both(layer_work.layer_operations(model, tokens, cost.dtype))
+    head = both(layer_work.head_operations(model, tokens, cost.dtype))
+    return model.num_hidden_layers * (attention + layer) + head
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("ulysses", 16), ("ring", 12), ("ring", 5)])
+def test_unseen_mixes_are_predicted_within_six_percent(strategy: str, ranks: int) -> None:
+    cost = small_cost(16, strategy=strategy, tokens_per_rank=16384)
+    rng = np.random.default_rng(ranks)
+    for size in sorted({1, 2, ranks}):
+        for _ in range(3):
+            load = rng.uniform(0.15, 1.0) * size * cost.capacity
+            lengths: list[int] = []
+            while sum(lengths) < load and len(lengths) < 12:
+                lengths.append(
+                    int(min(load - sum(lengths) + 1, rng.lognormal(rng.uniform(7, 10), 1))) + 2 * size
+                )
+            found = sum(cost.group(range(size)).seconds(lengths))
+            expected = simulated(cost, list(range(size)), lengths)
+            assert found == pytest.approx(expected, rel=0.06), (size, lengths)
+
+
+def test_a_group_that_crosses_nodes_pays_for_it() -> None:
+    cost = small_cost(16)
+    inside, across = cost.group(range(8)), cost.group(range(4, 12))
+    lengths = [4096] * 8
+    assert across.seconds(lengths)[1] > 2 * inside.seconds(lengths)[1]
+    assert across.seconds(lengths)[0] == pytest.approx(inside.seconds(lengths)[0])
+
+
+def test_longer_context_costs_more_and_more_ranks_less() -> None:
+    cost = small_cost(16)
+    few, many = cost.group(range(2)), cost.group(range(8))
+    assert few.compute([8192])[0] > 2 * few.compute([4096])[0]
+    assert few.compute([8192])[0] > 2 * many.compute([8192])[0]
+
+
+def test_recomputing_takes_time_and_makes_room() -> None:
+    cluster = find_cluster("dgx-a100")
+    plain, again = (BatchCost(MODEL, cluster, 8, recompute=r) for r in (False, True))
+    assert again.capacity > 1.5 * plain.capacity
+    extra = again.group(range(4)).compute([8192])[0] / plain.group(range(4)).compute([8192])[0]
+    assert 1.2 < extra < 1.45  # a forward pass is a third of both, head and loss are not run again
+    assert again.capacity_with(1.0) > again.capacity == again.capacity_with(0.0)
+
+
+def test_a_model_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave no room for tokens"):
+        _ = BatchCost(
+            replace(MODEL, num_hidden_layers=128), find_cluster("dgx-a100"), 8, state="zero1"
+        ).capacity
+    with pytest.raises(ValueError, match="1 to 8"):
+        BatchCost(MODEL, find_cluster("dgx-a100"), 9)

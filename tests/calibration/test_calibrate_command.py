@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from calibration.made import calibration
-from counterpoint.calibration.cache import cache_file, load_cached, write_whole
+from counterpoint.calibration.cache import cache_file, load_cached
 from counterpoint.calibration.machine import this_machine
 from counterpoint.calibration.text import FIRST_LINE
 from counterpoint.cluster.load import load_cluster
+from counterpoint.files import write_whole
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterpoint.kernels import blocks
+from counterpoint.kernels import plain
 from counterpoint.kernels.blocks import attend, attend_backward, merge, output_standing_in, row_delta
 from counterpoint.kernels.mask import AttentionMask
 from support import reference
@@ -103,14 +103,13 @@ def test_the_stand_in_for_out_has_the_same_delta(size: float) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_fallback_without_a_flash_kernel_is_exact(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fallback_without_a_flash_kernel_is_exact(causal: bool) -> None:
     """It serves devices and dtypes that have no kernel; strips shorter than the block, so that all of it is used."""
-    monkeypatch.setattr(blocks, "_MATH_ROWS", 16)
     q, k, v, dout = tensors(50, 4, 2, torch.float32)
     expected = reference.attention(q, k, v, dout, reference.visible(50, causal, None))
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    out, lse = blocks._math_forward(*heads_first, causal, None, None)  # type: ignore
-    grads = blocks._math_backward(dout.transpose(1, 2), *heads_first, out, lse, causal, None, None)  # type: ignore
+    out, lse = plain.forward(*heads_first, causal, None, 0.25, rows=16)
+    grads = plain.backward(dout.transpose(1, 2), *heads_first, out, lse, causal, None, 0.25, rows=16)
     assert reference.error(out.transpose(1, 2), expected.out) < 3e-6
     for grad, like in zip(grads, (expected.dq, expected.dk, expected.dv), strict=True):
         assert reference.error(grad.transpose(1, 2), like) < 1e-5

@@ -51,12 +51,13 @@ def calibrate(
 
     from rich.console import Console
 
-    from counterpoint.calibration.cache import cache_file, load_cached, write_whole
+    from counterpoint.calibration.cache import cache_file, load_cached
     from counterpoint.calibration.calibrate import calibrate as measure
     from counterpoint.calibration.machine import this_machine
     from counterpoint.calibration.show import show
     from counterpoint.calibration.text import cluster_text
     from counterpoint.calibration.timing import Effort
+    from counterpoint.files import write_whole
 
     console, machine = Console(), this_machine()
     gpus = bool(machine.accelerators) and not cpu
@@ -117,7 +118,7 @@ def check_writable(output: Path) -> None:
 
 def keep(path: Path, text: str, console) -> None:
     """Into the cache, if it can be written; a calibration that cannot be kept is still one."""
-    from counterpoint.calibration.cache import write_whole
+    from counterpoint.files import write_whole
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from counterpoint.kernels.mask import Area
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
 _FAR = 2**29  # a limit that no token reaches
+MOST_PLANS, ATOMIC = 5, 1  # how many `plans` there are at most, and which of them adds dq atomically
 _PROGRAMS = 256  # tiles that keep a large GPU busy; with fewer, the query heads of a group are spread
 
 
@@ -51,6 +52,24 @@ class Plan:
     @property
     def deterministic(self) -> bool:
         return self.dq is not None
+
+
+def plans(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Plan, ...]:
+    """Tiles worth trying: the usual ones, atomic additions, others. Chosen by registers and spills on Hopper."""
+    if dtype == torch.float32:
+        tiles, dkv = Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2)
+        return Plan(tiles, tiles, dkv), Plan(tiles, None, dkv), Plan(tiles, tiles, dkv, "tf32x3")
+    if head_dim > 128:
+        tiles = Tiles(64, 64, 8, 1)
+        return Plan(tiles, tiles, Tiles(32, 64, 8, 1)), Plan(tiles, None, Tiles(32, 64, 8, 1))
+    wide, dq, dkv = Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)
+    return (
+        Plan(wide, dq, dkv),
+        Plan(wide, None, dkv),
+        Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), dkv),
+        Plan(Tiles(128, 64, 4, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)),
+        Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2)),
+    )
 
 
 def forward(
@@ -167,7 +186,7 @@ def tile_lists(
     first = [0]
     for here in met:
         first.append(first[-1] + len(here))
-    rows = [_limits(a) for here in met for a in here] or [(0,) * 6]
+    rows = [limits(a) for here in met for a in here] or [(0,) * 6]
 
     def ints(values: object) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
@@ -175,7 +194,7 @@ def tile_lists(
     return TileLists(ints(rows), ints(first), ints(order), any(a.lo is not None for a in areas))
 
 
-def _limits(a: Area) -> tuple[int, ...]:
+def limits(a: Area) -> tuple[int, ...]:
     """(q0, q1, k0, k1, lo, hi) with the limits of j - i for indices of the whole block."""
     shift = a.k_start - a.q_start
     lo = -_FAR if a.lo is None else a.lo + shift
@@ -185,7 +204,7 @@ def _limits(a: Area) -> tuple[int, ...]:
 
 def _span(a: Area, side: str, start: int, block: int) -> int:
     """How many keys (or queries) the part of the tile that lies in the area meets."""
-    q0, q1, k0, k1, lo, hi = _limits(a)
+    q0, q1, k0, k1, lo, hi = limits(a)
     if side == "queries":
         r0, r1 = max(start, q0), min(start + block, q1)
         return max(0, min(k1, r1 + hi) - max(k0, r0 + lo))

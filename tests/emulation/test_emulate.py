@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from counterpoint.cluster.presets import find_cluster
-from counterpoint.emulation.emulate import emulate
+from counterpoint.emulation.emulate import emulate, emulate_all
 from counterpoint.emulation.namespaces import Namespaces, Unsupported
 from counterpoint.emulation.report import rows, step_rows, write_directory
 from counterpoint.strategies.sequence.attention import AttentionProblem, parse_choices
@@ -80,6 +80,21 @@ def test_kernels_that_compute_give_the_results_of_one_process():
     )
     assert result.worst_difference is not None and result.worst_difference < 2e-5
     assert [p.which for p in result.passes] == list(passes)
+
+
+@needs_namespaces
+def test_problems_that_share_a_scale_model_share_its_links():
+    cluster = find_cluster("ascend-full-mesh")
+    problems = [problem_of("ring", 8_000, 2, 8, 8), problem_of("tokenring", 4_000, 2, 8, 2)]
+    found = emulate_all(cluster, problems, repetitions=1, pass_seconds=0.3, environ=os.environ)
+    assert [f.target for f in found] == problems
+    assert found[0].scale.rates == pytest.approx(found[1].scale.rates)
+    for f in found:
+        (run,) = f.passes
+        assert run.sent_bytes_expected == pytest.approx(run.sent_bytes * f.scale.shrink)
+        # a link of the scale model carries what the cluster's does, divided; a pass cannot be faster than its bytes
+        busiest = max(run.real_timeline.bytes_by_link().values())
+        assert run.seconds > 0.9 * f.scale.slowdown * busiest / cluster.route(0, 1).bytes_per_second
 
 
 # ---- taking down -------------------------------------------------------------------------------------

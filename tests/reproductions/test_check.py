@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from counterpoint.emulation.namespaces import Unsupported
 from counterpoint.reproductions.bench import Bench
 from counterpoint.reproductions.check import EXACTLY, Check, Tolerance, holds, run
+from counterpoint.reproductions.show import summary
 
 
 def check(value: float, got: float, tolerance: Tolerance | None = EXACTLY, note: str = "") -> Check:
@@ -42,6 +44,19 @@ def test_verdicts():
     assert [result.difference for result in found] == [0.0, 0.5, 0.5, None]
     assert "invalid literal" in found[3].error
     assert [holds(found[i : i + 1]) for i in range(4)] == [True, False, True, False]
+
+
+def test_what_a_machine_cannot_carry_out_says_nothing_about_the_claim():
+    def measure(bench: Bench) -> float:
+        raise Unsupported("needs root")
+
+    found = list(run([replace(check(1.0, 0.0), measure=measure), check(2.0, 2.0)], Bench({})))
+    assert [result.verdict for result in found] == ["not carried out", "holds"]
+    assert found[0].error == "needs root" and found[0].to_json()["got"] is None
+    assert holds(found)
+    assert (
+        summary(found) == "1 of 1 claims come out within their tolerance; not carried out on this machine: 1"
+    )
 
 
 def test_a_figure_without_tolerance_says_why():

@@ -13,6 +13,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from shutil import which
 from types import TracebackType
 from typing import TypeVar
@@ -57,16 +58,16 @@ class Namespaces:
 
         def write() -> None:
             for name, value in values.items():
-                with open(f"/proc/sys/net/{name}", "w") as file:
-                    file.write(value)
+                path = f"/proc/sys/net/{name}"
+                try:
+                    Path(path).write_text(value)
+                except OSError as error:
+                    raise Unsupported(
+                        f"the scale model must set {path}, which this system does not allow ({error.strerror}); run "
+                        "it with CAP_NET_ADMIN where /proc/sys is writable (sudo; in a container: privileged)"
+                    ) from None
 
-        try:
-            self.inside(index, write)
-        except OSError as error:
-            raise Unsupported(
-                f"the scale model must set {error.filename}, which this system does not allow ({error.strerror}); "
-                "run it where /proc/sys is writable (in a container: privileged)"
-            ) from None
+        self.inside(index, write)
 
     def inside(self, index: int, function: Callable[[], T]) -> T:
         """Call a function in a namespace; what it starts lives there too, this thread stays where it is."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from counterpoint.emulation.namespaces import Namespaces
+from counterpoint.emulation.namespaces import Namespaces, Unsupported
 from counterpoint.emulation.topology import Topology, Wire, forwarding
 
 MTU = 9000
@@ -29,7 +29,7 @@ def set_up(namespaces: Namespaces, topology: Topology) -> None:
     every = range(topology.ranks + 1)
     for index in every:
         namespaces.settings(index, _settings(index == topology.fabric))
-        with suppress(OSError, ValueError):  # kernels without IPv6 have nothing to switch off
+        with suppress(Unsupported):  # kernels without IPv6 have nothing to switch off
             namespaces.settings(index, {"ipv6/conf/default/disable_ipv6": "1"})
     for rank in range(topology.ranks):
         lines = [

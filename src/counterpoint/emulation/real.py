@@ -15,7 +15,7 @@ from counterpoint.emulation.scale import (
     shrunk,
     step_seconds,
 )
-from counterpoint.emulation.worker import Job, Pass, full_inputs
+from counterpoint.emulation.worker import Pass, Run, full_inputs
 from counterpoint.kernels.kernel import Kernel, TensorSpec, torch_dtype
 from counterpoint.schedule.schedule import Compute, Schedule
 from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, forward_schedule
@@ -66,12 +66,12 @@ def real_scale(
     return small, Scale(slowdown or ratio, shrink)
 
 
-def worst_difference(job: Job) -> float:
+def worst_difference(run: Run) -> float:
     """Largest difference of a result from torch's attention on one process, relative to the largest value."""
     import torch
 
-    problem, ranks = job.problem, range(job.problem.layout.world_size)
-    parts = [torch.load(job.results_file(rank)) for rank in ranks]
+    problem, ranks = run.problem, range(run.problem.layout.world_size)
+    parts = [torch.load(run.results_file(rank)) for rank in ranks]
     results = {
         name: problem.layout.unshard([part[name] for part in parts], dim=1)
         for name in parts[0]

@@ -16,6 +16,8 @@ from counterpoint.strategies.sequence.attention import AttentionProblem, backwar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from counterpoint.runtime.executor import Executor
+    from counterpoint.runtime.transport import Transport
     from counterpoint.schedule.schedule import Schedule
 
 Pass = Literal["forward", "backward"]
@@ -23,24 +25,56 @@ PING = 40  # messages each way to measure the latency of a pair
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What the ranks of a scale model do, as the parent writes it down for them.
+class Run:
+    """A problem that the ranks of a scale model run, and the files that they leave.
 
-    namespaces: a file for every rank's. seconds: for every pass and rank how long each step is held; empty: kernels
-    compute. repetitions: measured after one run that is not.
+    seconds: for every pass and rank how long each step is held; empty: kernels compute. repetitions: measured after
+    one run that is not.
     """
 
+    number: int
     problem: AttentionProblem
     passes: tuple[Pass, ...]
-    namespaces: tuple[str, ...]
     seconds: dict[Pass, list[list[float]]]
     repetitions: int
     directory: str
-    timeout: float
 
     @property
     def held(self) -> bool:
         return bool(self.seconds)
+
+    def schedule(self, which: Pass, rank: int) -> Schedule:
+        from counterpoint.emulation.held import hold
+
+        write = forward_schedule if which == "forward" else backward_schedule
+        schedule = write(self.problem, rank)
+        return hold(schedule, self.seconds[which][rank]) if self.held else schedule
+
+    def timeline_file(self, which: Pass, repetition: int, rank: int) -> Path:
+        return Path(self.directory, f"{self.number}-{which}-{repetition}-{rank}.json")
+
+    def seconds_file(self, which: Pass, rank: int) -> Path:
+        return Path(self.directory, f"{self.number}-{which}-seconds-{rank}.json")
+
+    def results_file(self, rank: int) -> Path:
+        return Path(self.directory, f"{self.number}-results-{rank}.pt")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the ranks of a scale model do one after the other, as the parent writes it down for them.
+
+    namespaces: a file for every rank's.
+    """
+
+    runs: tuple[Run, ...]
+    namespaces: tuple[str, ...]
+    directory: str
+    timeout: float
+
+    @property
+    def world_size(self) -> int:
+        return len(self.namespaces)
 
     def write(self) -> Path:
         path = Path(self.directory, "job")
@@ -51,28 +85,12 @@ class Job:
     def read(path: Path) -> Job:
         return pickle.loads(path.read_bytes())
 
-    def schedule(self, which: Pass, rank: int) -> Schedule:
-        from counterpoint.emulation.held import hold
-
-        write = forward_schedule if which == "forward" else backward_schedule
-        schedule = write(self.problem, rank)
-        return hold(schedule, self.seconds[which][rank]) if self.held else schedule
-
-    def timeline_file(self, which: Pass, repetition: int, rank: int) -> Path:
-        return Path(self.directory, f"{which}-{repetition}-{rank}.json")
-
     def latency_file(self, rank: int) -> Path:
         return Path(self.directory, f"latency-{rank}.json")
 
-    def seconds_file(self, which: Pass, rank: int) -> Path:
-        return Path(self.directory, f"{which}-seconds-{rank}.json")
-
-    def results_file(self, rank: int) -> Path:
-        return Path(self.directory, f"results-{rank}.pt")
-
 
 def work(job: Job, rank: int) -> None:
-    """Run a rank's part of a job; must be called before anything has started threads."""
+    """Do a rank's part of a job; must be called before anything has started threads."""
     enter(job.namespaces[rank])
     import torch
     import torch.distributed as dist
@@ -80,41 +98,48 @@ def work(job: Job, rank: int) -> None:
 
     from counterpoint.runtime.executor import Executor
     from counterpoint.runtime.transport import Transport
-    from counterpoint.schedule.timeline import Timeline
 
     torch.set_num_threads(1)
-    world_size = job.problem.layout.world_size
-    store = FileStore(str(Path(job.directory, "store")), world_size)
+    store = FileStore(str(Path(job.directory, "store")), job.world_size)
     patience = timedelta(seconds=job.timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
-    transport = Transport(range(world_size), rank, timeout=job.timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=job.world_size, timeout=patience)
+    transport = Transport(range(job.world_size), rank, timeout=job.timeout)
     job.latency_file(rank).write_text(json.dumps(_latencies(transport)))
     executor = Executor(transport)
-    given = _inputs(job, rank)
+    for run in job.runs:
+        _carry_out(run, rank, executor, transport)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _carry_out(run: Run, rank: int, executor: Executor, transport: Transport) -> None:
+    import torch
+
+    from counterpoint.schedule.timeline import Timeline
+
+    given = _inputs(run, rank)
     results: dict[str, Tensor] = {}
     # the backward pass computes with what the forward pass left
-    passes = job.passes if job.held or "forward" in job.passes else ("forward", *job.passes)
+    passes = run.passes if run.held or "forward" in run.passes else ("forward", *run.passes)
     for which in passes:
-        schedule = job.schedule(which, rank)
-        if not job.held:  # all ranks at once, as they will share the machine
+        schedule = run.schedule(which, rank)
+        if not run.held:  # all ranks at once, as they will share the machine
             from counterpoint.emulation.real import measure
 
             _start_together(transport)
-            job.seconds_file(which, rank).write_text(json.dumps(measure(schedule)))
-        for repetition in range(job.repetitions + 1):
+            run.seconds_file(which, rank).write_text(json.dumps(measure(schedule)))
+        for repetition in range(run.repetitions + 1):
             timeline = Timeline("measured")
             inputs = {value.name: _given(given, value) for value in schedule.inputs}
             _start_together(transport)
             made = executor.run(schedule, inputs, timeline)
             if repetition:
-                timeline.write(job.timeline_file(which, repetition, rank))
-        if not job.held:
+                timeline.write(run.timeline_file(which, repetition, rank))
+        if not run.held:
             given |= made
             results |= {name: made[name] for name in ("out", "dq", "dk", "dv") if name in made}
-    if not job.held:
-        torch.save(results, job.results_file(rank))
-    dist.barrier()
-    dist.destroy_process_group()
+    if not run.held:
+        torch.save(results, run.results_file(rank))
 
 
 def full_inputs(problem: AttentionProblem) -> dict[str, Tensor]:
@@ -130,11 +155,11 @@ def full_inputs(problem: AttentionProblem) -> dict[str, Tensor]:
     }
 
 
-def _inputs(job: Job, rank: int) -> dict[str, Tensor]:
-    if job.held:
+def _inputs(run: Run, rank: int) -> dict[str, Tensor]:
+    if run.held:
         return {}
-    whole = full_inputs(job.problem)
-    return {name: job.problem.layout.shard(x, rank, dim=1).contiguous() for name, x in whole.items()}
+    whole = full_inputs(run.problem)
+    return {name: run.problem.layout.shard(x, rank, dim=1).contiguous() for name, x in whole.items()}
 
 
 def _given(given: dict[str, Tensor], value) -> Tensor:

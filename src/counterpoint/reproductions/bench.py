@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from counterpoint.cluster.cluster import Cluster
+from counterpoint.emulation.namespaces import Unsupported
 from counterpoint.schedule.schedule import Collective, Schedule, Send
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.strategies.sequence.attention import (
@@ -22,6 +23,9 @@ from counterpoint.strategies.sequence.attention import (
     parse_choices,
 )
 from counterpoint.strategies.sequence.layout import SequenceLayout
+
+if TYPE_CHECKING:
+    from counterpoint.emulation.result import Emulation
 
 Pass = Literal["forward", "backward"]
 
@@ -97,6 +101,7 @@ class Bench:
     environ: Mapping[str, str]
     exact: dict[Case, Outcome] = field(default_factory=dict)
     timelines: dict[tuple[Case, Pass, str], Timeline] = field(default_factory=dict)
+    emulated: dict[tuple[Case, str], Emulation | Unsupported] = field(default_factory=dict)
 
     def outcome(self, case: Case, among: Sequence[Case]) -> Outcome:
         """A case on real local processes; all cases of `among` are run together, at the first need."""
@@ -114,6 +119,28 @@ class Bench:
             schedules, symmetry = fold(lambda rank: case.schedule(way, rank), case.mesh)
             self.timelines[key] = simulate(schedules, cluster, symmetry=symmetry)
         return self.timelines[key]
+
+    def emulate(self, case: Case, among: Sequence[Case], cluster: Cluster) -> Emulation:
+        """Both passes of a case on a scale model of a cluster, measured twice; all of `among` at the first need.
+
+        Raises Unsupported (a ValueError): no rights or no kernel support for a scale model.
+        """
+        from counterpoint.emulation.emulate import emulate_all
+
+        if (case, cluster.name) not in self.emulated:
+            found: list[Emulation] | list[Unsupported]
+            try:
+                found = emulate_all(
+                    cluster, [c.problem() for c in among], passes=("forward", "backward"), repetitions=2,
+                    pass_seconds=0.8, environ=self.environ,
+                )  # fmt: skip
+            except Unsupported as error:
+                found = [error] * len(among)
+            self.emulated |= {(c, cluster.name): e for c, e in zip(among, found, strict=True)}
+        known = self.emulated[case, cluster.name]
+        if isinstance(known, Unsupported):
+            raise known
+        return known
 
 
 def run_processes(cases: Sequence[Case], environ: Mapping[str, str]) -> dict[Case, Outcome]:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from counterpoint.emulation.namespaces import Unsupported
 from counterpoint.reproductions.bench import Bench
 
 Kind = Literal["exact", "bytes", "simulated", "emulated", "measured"]
-Verdict = Literal["holds", "outside", "reported", "failed"]
+Verdict = Literal["holds", "outside", "reported", "failed", "not carried out"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
@@ -80,16 +81,20 @@ class Reproduction:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came out of a check: a figure, or the error that prevented one."""
+    """What came out of a check: a figure, or the error that prevented one.
+
+    unsupported: the error is that this machine cannot carry it out, which says nothing about the claim.
+    """
 
     check: Check
     got: float | None = None
     error: str = ""
+    unsupported: bool = False
 
     @property
     def verdict(self) -> Verdict:
         if self.got is None:
-            return "failed"
+            return "not carried out" if self.unsupported else "failed"
         if self.check.tolerance is None:
             return "reported"
         return "holds" if self.check.tolerance.holds(self.got, self.check.value) else "outside"
@@ -119,10 +124,12 @@ def run(checks: Iterable[Check], bench: Bench) -> Iterator[Result]:
     for check in checks:
         try:
             yield Result(check, float(check.measure(bench)))
+        except Unsupported as error:
+            yield Result(check, None, str(error), unsupported=True)
         except (ValueError, RuntimeError, OSError) as error:
             yield Result(check, None, " ".join(str(error).split()) or type(error).__name__)
 
 
 def holds(results: Iterable[Result]) -> bool:
     """Whether nothing lies outside its tolerance and nothing failed."""
-    return all(result.verdict in ("holds", "reported") for result in results)
+    return all(result.verdict not in ("outside", "failed") for result in results)

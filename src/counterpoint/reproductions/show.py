@@ -13,7 +13,13 @@ from rich.text import Text
 from counterpoint.reproductions.check import Result, holds
 from counterpoint.reproductions.registry import System, load, systems
 
-STYLES = {"holds": "green", "outside": "bold red", "failed": "bold red", "reported": "yellow"}
+STYLES = {
+    "holds": "green",
+    "outside": "bold red",
+    "failed": "bold red",
+    "reported": "yellow",
+    "not carried out": "yellow",
+}
 
 
 def results_table(system: System, results: Sequence[Result]) -> RenderableType:
@@ -47,10 +53,12 @@ def results_table(system: System, results: Sequence[Result]) -> RenderableType:
 
 def summary(results: Sequence[Result]) -> str:
     """How many checks came out, in a line."""
-    judged = [r for r in results if r.verdict != "reported"]
+    judged = [r for r in results if r.verdict not in ("reported", "not carried out")]
     held = sum(r.verdict == "holds" for r in judged)
-    without = len(results) - len(judged)
+    without = sum(r.verdict == "reported" for r in results)
     tail = f"; reported without a verdict: {without}" if without else ""
+    if left_out := len(results) - len(judged) - without:
+        tail += f"; not carried out on this machine: {left_out}"
     return f"{held} of {len(judged)} claims come out within their tolerance{tail}"
 
 

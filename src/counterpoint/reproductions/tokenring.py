@@ -14,6 +14,7 @@ from counterpoint.cluster.presets import find_cluster
 from counterpoint.reproductions.bench import Bench, Case, Pass, sent, topology, traffic
 from counterpoint.reproductions.check import EXACTLY, Check, Reproduction, Tolerance
 from counterpoint.reproductions.common import exactness_checks
+from counterpoint.reproductions.tokenring_scale_model import scale_model_checks
 from counterpoint.schedule.timeline import Timeline
 
 H, D, E = 32, 128, 2
@@ -242,7 +243,7 @@ def ratio_checks() -> list[Check]:
 REPRODUCTION = Reproduction(
     "tokenring",
     "results and gradients against one process; bytes by direction; steps on 4x A10 and the length where the advantage "
-    "over Ring ends; ratios to Ring on links per pair and on shared ports",
+    "over Ring ends; ratios to Ring on links per pair and on shared ports; the testbed as a scale model",
     (
         *exactness_checks(SMALL, "section 3, exact attention"),
         *bytes_checks(4, 1),
@@ -251,6 +252,7 @@ REPRODUCTION = Reproduction(
         *ring_checks(),
         *time_checks(),
         *ratio_checks(),
+        *scale_model_checks(),
     ),
     (
         "4x A10: a step is the time from the start of one attention block to the start of the next, mean over ranks. "

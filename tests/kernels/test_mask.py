@@ -95,7 +95,7 @@ def test_pick_and_locate_are_inverse(tokens: Tokens, data: st.DataObject) -> Non
 def test_in_order_lays_every_token_once(owners: list[int]) -> None:
     """Shards of any shape: owners[p] is the shard that holds position p."""
     parts = [Tokens.of(Run(p, 1) for p, owner in enumerate(owners) if owner == i) for i in range(4)]
-    merged, places = in_order(parts)
+    merged, places = in_order(tuple(parts))
     positions = merged.positions()
     assert sorted(positions) == list(range(len(owners)))
     used = []

@@ -38,7 +38,7 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(ITEM_BYTES)}")
-        if any(n < 0 for n in self.shape):
+        if self.shape and min(self.shape) < 0:
             raise ValueError(f"shape {self.shape} has a negative size")
 
     @property

@@ -164,7 +164,8 @@ def split_at(tokens: Tokens, starts: tuple[int, ...]) -> list[Piece]:
     return pieces
 
 
-def in_order(parts: list[Tokens]) -> tuple[Tokens, list[list[tuple[int, int, int, int]]]]:
+@lru_cache(maxsize=65536)
+def in_order(parts: tuple[Tokens, ...]) -> tuple[Tokens, list[list[tuple[int, int, int, int]]]]:
     """Merge shards into one set in ascending order, as far as runs allow.
 
     Returns the merged tokens and, per part, where its tokens go: (first index in the part, count, first index

@@ -12,6 +12,7 @@ from __future__ import annotations
 from counterpoint.kernels.shape import Place
 from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, Axis, Block
 from counterpoint.strategies.sequence.builder import AttentionBuilder
+from counterpoint.strategies.sequence.sight import without
 
 
 def forward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attention) -> Block:
@@ -20,7 +21,7 @@ def forward(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, attend: Attent
     remote, _ = gather(b, axis, q, kv)
     out = None
     for keys in (own, remote):
-        part = attend(b.take(mine, b.seeing(mine.tokens, [keys.tokens])), keys)
+        part = attend(b.take(mine, b.seeing(mine.tokens, keys.tokens)), keys)
         out = b.merge(out, part, mine.tokens)
     return b.whole(out, b.attention_specs(q), mine.tokens, q.heads)
 
@@ -39,7 +40,7 @@ def backward(
     remote, places = gather(b, axis, q, kv)
     dq = dkv = scattered = None
     for keys in (own, remote):
-        dq_part, dkv_part = attend(b.take(mine, b.seeing(mine.tokens, [keys.tokens])), keys)
+        dq_part, dkv_part = attend(b.take(mine, b.seeing(mine.tokens, keys.tokens)), keys)
         dq = b.add(dq, dq_part, mine.tokens)
         if keys is own:
             dkv = b.add(dkv, dkv_part, own.tokens)
@@ -49,7 +50,7 @@ def backward(
             )
     assert scattered is not None
     r, others = axis.rank, peers(axis)
-    needed = [[b.seen_by(kv.tokens[j], [q.tokens[i]]) for j in range(axis.size)] for i in range(axis.size)]
+    needed = [[b.seen_by(kv.tokens[j], q.tokens[i]) for j in range(axis.size)] for i in range(axis.size)]
     like = b.cast(Block((), b.gradient_specs(kv), own.tokens, kv.heads), wire_dtype)
     sends = {axis[j]: b.cast(b.pick(scattered, needed[r][j], places[j]), wire_dtype) for j in others}
     received = b.exchange(
@@ -79,9 +80,9 @@ def gather(
     r, others = axis.rank, peers(axis)
     own = b.here(kv, axis)
     if not others:
-        return b.take(own, b.without(own.tokens, own.tokens)), {}
-    sends = {axis[i]: b.take(own, b.seen_by(own.tokens, [q.tokens[i]])) for i in others}
-    recvs = {axis[j]: (own, b.seen_by(kv.tokens[j], [q.tokens[r]])) for j in others}
+        return b.take(own, without(own.tokens, own.tokens)), {}
+    sends = {axis[i]: b.take(own, b.seen_by(own.tokens, q.tokens[i])) for i in others}
+    recvs = {axis[j]: (own, b.seen_by(kv.tokens[j], q.tokens[r])) for j in others}
     received = b.exchange("all_gather", axis.channel("gather"), sends, recvs, ("k", "v"))
     order = sorted(others)
     remote, places = b.gather([received[axis[j]] for j in order])

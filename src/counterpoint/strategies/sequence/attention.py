@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
+from typing import Literal
 
 from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.kernels.mask import AttentionMask
 from counterpoint.kernels.tokens import Tokens
 from counterpoint.schedule.schedule import Schedule, Value
 from counterpoint.strategies.sequence import allgather, bidirectional_ring, ring, rsa, tokenring, ulysses
-from counterpoint.strategies.sequence.blocks import AttentionShape, Axis, Block, Tree
+from counterpoint.strategies.sequence.blocks import AttentionShape, Axis, Block
 from counterpoint.strategies.sequence.builder import AttentionBuilder
 from counterpoint.strategies.sequence.choices import Choice, check_options, options_of, parse_choice
 from counterpoint.strategies.sequence.layout import SequenceLayout
+from counterpoint.strategies.sequence.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +152,18 @@ def _levels(choices: tuple[Choice, ...]) -> tuple[Level, ...]:
     return tuple(levels)
 
 
-@lru_cache(maxsize=1024)
 def forward_schedule(problem: AttentionProblem, rank: int) -> Schedule:
     """The forward pass of one rank: given q, k, v; returns out, lse if wanted, and what its backward pass needs.
 
     q, out (batch, local tokens, heads, head_dim); k, v (batch, local tokens, kv_heads, head_dim);
     lse (batch, local tokens, heads).
     """
+    return _forward(problem, rank)[0]
+
+
+@lru_cache(maxsize=1024)
+def _forward(problem: AttentionProblem, rank: int) -> tuple[Schedule, dict[str, Block]]:
+    """The forward schedule, and the blocks it saves for its own backward pass."""
     keeps = problem.keeps_heads
     b = _builder("forward " + "/".join(map(str, problem.forward)), problem, problem.forward_levels, rank)
     b.wants_lse = problem.wants_lse or not keeps
@@ -169,7 +176,7 @@ def forward_schedule(problem: AttentionProblem, rank: int) -> Schedule:
     )
     for name, block in (b.saved or {}).items():
         outputs |= {f"saved.{name}.{i}": v for i, v in enumerate(block.values)}
-    return b.finish(outputs)
+    return b.finish(outputs), b.saved or {}
 
 
 @lru_cache(maxsize=1024)
@@ -178,11 +185,15 @@ def backward_schedule(problem: AttentionProblem, rank: int) -> Schedule:
 
     Its inputs carry the names of the forward schedule's inputs and outputs, and "dout".
     """
-    given = forward_schedule(problem, rank)
     b = _builder("backward " + "/".join(map(str, problem.backward)), problem, problem.backward_levels, rank)
     q, kv = _inputs(b, problem, problem.backward_levels, rank)
     if problem.keeps_heads:
-        b.saved = _saved_blocks(b, problem, rank, given)
+        b.saved = {
+            name: replace(
+                block, values=tuple(b.input(f"saved.{name}.{i}", v.spec) for i, v in enumerate(block.values))
+            )
+            for name, block in _forward(problem, rank)[1].items()
+        }
     specs = b.attention_specs(q)
     out = Block((b.input("out", specs[0]), b.input("lse", specs[1])) if q else (), specs, q.tokens, q.heads)
     dout = Block((b.input("dout", q.specs[0]),) if q else (), q.specs, q.tokens, q.heads)
@@ -222,8 +233,8 @@ def _inputs(
     counts = problem.queries(rank).count, problem.keys(rank).count
     q = TensorSpec((shape.batch, counts[0], shape.heads, shape.head_dim), shape.dtype)
     kv = TensorSpec((shape.batch, counts[1], shape.kv_heads, shape.head_dim), shape.dtype)
-    queries = _tree(problem, levels, problem.queries)
-    keys = queries if problem.cached is None else _tree(problem, levels, problem.keys)
+    queries = _tree(problem, levels, "queries")
+    keys = queries if problem.cached is None else _tree(problem, levels, "keys")
     return (
         Block((b.input("q", q),) if counts[0] else (), (q,), queries, (0, shape.heads)),
         Block((b.input("k", kv), b.input("v", kv)) if counts[1] else (), (kv, kv), keys, (0, shape.kv_heads)),
@@ -248,34 +259,19 @@ def _axes(
     return made
 
 
-def _tree(problem: AttentionProblem, levels: tuple[Level, ...], tokens: Callable[[int], Tokens]) -> Tree:
-    """Tokens of every rank, as a tree over the levels."""
-    mesh = problem.mesh
+@lru_cache(maxsize=64)
+def _tree(problem: AttentionProblem, levels: tuple[Level, ...], which: Literal["queries", "keys"]) -> Tree:
+    """Tokens of every rank, as a tree over the levels; the same object for all ranks."""
+    mesh, tokens = problem.mesh, problem.queries if which == "queries" else problem.keys
 
     def grow(depth: int, fixed: dict[int, int]) -> Tree:
         if depth == len(levels):
             return tokens(_rank(mesh, [fixed[i] for i in range(len(mesh))]))
         axes = levels[depth][1]
         spots = product(*(range(mesh[i]) for i in axes))
-        return tuple(grow(depth + 1, {**fixed, **dict(zip(axes, spot, strict=True))}) for spot in spots)
+        return Tree(grow(depth + 1, {**fixed, **dict(zip(axes, spot, strict=True))}) for spot in spots)
 
     return grow(0, {})
-
-
-def _saved_blocks(
-    b: AttentionBuilder, problem: AttentionProblem, rank: int, given: Schedule
-) -> dict[str, Block]:
-    """The blocks that the forward pass saved, as inputs of the backward pass `b`."""
-    again = _builder("", problem, problem.forward_levels, rank)
-    again.wants_lse, again.saved = problem.wants_lse, {}
-    q, kv = _inputs(again, problem, problem.forward_levels, rank)
-    _nest(again, problem, problem.forward_levels, problem.forward, rank, "forward")(q, kv)
-    return {
-        name: replace(
-            block, values=tuple(b.input(f"saved.{name}.{i}", v.spec) for i, v in enumerate(block.values))
-        )
-        for name, block in again.saved.items()
-    }
 
 
 def _coordinates(mesh: tuple[int, ...], rank: int) -> tuple[int, ...]:

@@ -7,15 +7,12 @@ kernel. So the tokens of a block are a tree: for every rank of the axis, for eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from counterpoint.kernels.kernel import TensorSpec
-from counterpoint.kernels.tokens import Tokens, in_order
 from counterpoint.schedule.schedule import Value
-
-Tree = Any  # Tokens, or a tuple of trees: the tokens of every rank of the axes still to come
+from counterpoint.strategies.sequence.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,25 +95,3 @@ def kv_heads_of(shape: AttentionShape, heads: tuple[int, int]) -> tuple[int, int
 def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
     """Ranges (start, stop) of `parts` neighbouring pieces of `count` that differ by at most one."""
     return [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
-
-
-def depth(tokens: Tree) -> int:
-    """How many axes the tree still spans."""
-    return 0 if isinstance(tokens, Tokens) else 1 + depth(tokens[0])
-
-
-def leaves(tokens: Tree) -> list[Tokens]:
-    """The tokens of every rank."""
-    return [tokens] if isinstance(tokens, Tokens) else [leaf for part in tokens for leaf in leaves(part)]
-
-
-def map_tree(tokens: Tree, change: Callable[[Tokens], Tokens]) -> Tree:
-    """The same tree with every rank's tokens changed."""
-    return change(tokens) if isinstance(tokens, Tokens) else tuple(map_tree(part, change) for part in tokens)
-
-
-def merged(trees: Sequence[Tree]) -> Tree:
-    """Trees of the same form as one, rank by rank."""
-    if isinstance(trees[0], Tokens):
-        return in_order([t for t in trees if isinstance(t, Tokens)])[0]
-    return tuple(merged([t[i] for t in trees if isinstance(t, tuple)]) for i in range(len(trees[0])))

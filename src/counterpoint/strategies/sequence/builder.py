@@ -7,7 +7,7 @@ nobody needs any more, heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from counterpoint.kernels.attention import Add, Attend, AttendBackward, Delta, Merge, accumulator
@@ -25,21 +25,18 @@ from counterpoint.kernels.shape import (
     Take,
     TakeHeads,
 )
-from counterpoint.kernels.tokens import Tokens, in_order, union
+from counterpoint.kernels.tokens import Tokens, in_order
 from counterpoint.schedule.builder import Builder
 from counterpoint.schedule.schedule import Value
+from counterpoint.strategies.sequence import sight
 from counterpoint.strategies.sequence.blocks import (
     AttentionShape,
     Axis,
     Block,
-    Tree,
-    depth,
     kv_heads_of,
-    leaves,
-    map_tree,
-    merged,
     split_evenly,
 )
+from counterpoint.strategies.sequence.tree import Tree, depth, map_tree
 
 
 class AttentionBuilder(Builder):
@@ -73,31 +70,13 @@ class AttentionBuilder(Builder):
         assert isinstance(tokens, Tokens)
         return tokens
 
-    def seen_by(self, keys: Tree, queries: Iterable[Tree]) -> Tree:
+    def seen_by(self, keys: Tree, queries: Tree) -> Tree:
         """The part of the keys that any of the queries sees."""
-        deciding = self.mask.last_queries(leaf for q in queries for leaf in leaves(q))
-        return map_tree(keys, lambda k: self.mask.seen_by(k, deciding))
+        return sight.seen_by(self.mask, keys, queries)
 
-    def seeing(self, queries: Tree, keys: Iterable[Tree]) -> Tree:
+    def seeing(self, queries: Tree, keys: Tree) -> Tree:
         """The part of the queries that sees any of the keys."""
-        deciding = self.mask.first_keys(leaf for k in keys for leaf in leaves(k))
-        return map_tree(queries, lambda q: self.mask.seeing(q, deciding))
-
-    def sees(self, queries: Tree, keys: Tree) -> bool:
-        """Does any of the queries see any of the keys?"""
-        last, first = self.mask.last_queries(leaves(queries)), self.mask.first_keys(leaves(keys))
-        return any(self.mask.areas(q, k) for q in last for k in first)
-
-    def without(self, tokens: Tree, part: Tree) -> Tree:
-        """The tokens that are not in `part`."""
-        if isinstance(tokens, Tokens):
-            assert isinstance(part, Tokens)
-            ranges, start = [], 0
-            for a, b in union(tokens.locate(part)):
-                ranges.append((start, a))
-                start = b
-            return tokens.pick([*ranges, (start, tokens.count)])
-        return tuple(self.without(t, p) for t, p in zip(tokens, part, strict=True))  # type: ignore[arg-type]
+        return sight.seeing(self.mask, queries, keys)
 
     # ---- types ---------------------------------------------------------------------------------
     def attention_specs(self, q: Block) -> tuple[TensorSpec, ...]:
@@ -182,8 +161,8 @@ class AttentionBuilder(Builder):
 
     def gather(self, blocks: Sequence[Block]) -> tuple[Block, tuple[tuple[Place, ...], ...]]:
         """Blocks of different tokens laid into one, in ascending order where runs allow; and where each one went."""
-        tokens = merged([b.tokens for b in blocks])
-        _, places = in_order([self.mine(b.tokens) for b in blocks])
+        tokens = sight.merged(tuple(b.tokens for b in blocks))
+        _, places = in_order(tuple(self.mine(b.tokens) for b in blocks))
         specs = tuple(s.with_size(1, self.mine(tokens).count) for s in blocks[0].specs)
         filled = [(b, tuple(p)) for b, p in zip(blocks, places, strict=True) if b]
         values: list[Value] = []

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, Axis, Block, Tree
+from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, Axis, Block
 from counterpoint.strategies.sequence.builder import AttentionBuilder
+from counterpoint.strategies.sequence.sight import seen_ahead, without
+from counterpoint.strategies.sequence.tree import Tree
 
 Walk = tuple[Block, int, str]  # a block for the whole axis, the way it walks (+1 up, -1 down), channel suffix
 
@@ -47,7 +49,7 @@ def circulate(b: AttentionBuilder, axis: Axis, q: Block, walks: Sequence[Walk], 
     out = None
     for visits in zip(*(walk(b, axis, q, kv, way, f"kv{suffix}") for kv, way, suffix in walks), strict=True):
         for _, block in visits:
-            part = attend(b.take(mine, b.seeing(mine.tokens, [block.tokens])), block)
+            part = attend(b.take(mine, b.seeing(mine.tokens, block.tokens)), block)
             out = b.merge(out, part, mine.tokens)
     return b.whole(out, b.attention_specs(q), mine.tokens, q.heads)
 
@@ -66,7 +68,7 @@ def circulate_backward(
     dq = None
     for visits in zip(*(walk(b, axis, q, kv, way, f"kv{suffix}") for kv, way, suffix in walks), strict=True):
         for gradient, (j, block) in zip(carried, visits, strict=True):
-            dq_part, dkv_part = attend(b.take(mine, b.seeing(mine.tokens, [block.tokens])), block)
+            dq_part, dkv_part = attend(b.take(mine, b.seeing(mine.tokens, block.tokens)), block)
             dq = b.add(dq, dq_part, mine.tokens)
             gradient.visit(j, dkv_part)
     return b.whole(dq, b.gradient_specs(q)[:1], mine.tokens, q.heads), [g.home() for g in carried]
@@ -88,7 +90,7 @@ def walk(
     r, N = axis.rank, axis.size
 
     def needed(j: int, t: int):  # the part of block j that the ranks after step t see
-        return b.seen_by(block.tokens[j], [q.tokens[(j + way * s) % N] for s in range(t + 1, N)])
+        return seen_ahead(b.mask, block.tokens[j], q.tokens, j, way)[0][t + 1]
 
     visiting = b.here(block, axis)
     for t in range(N):
@@ -141,7 +143,7 @@ class GradientWalk:
         total = b.add(
             None, self._receive(r, shared, self.axis[r + self.way * last], self.channel_home), tokens
         )
-        total = b.add(total, b.take(self.own, b.without(tokens, shared)), tokens)
+        total = b.add(total, b.take(self.own, without(tokens, shared)), tokens)
         return b.whole(total, self.specs, tokens, self.kv.heads)
 
     def _receive(self, j: int, tokens: Tree, source: int, channel: str) -> Block:
@@ -151,10 +153,8 @@ class GradientWalk:
 
     def _journey(self, j: int) -> tuple[int, Tree]:
         """How many hops block j makes until nobody further sees it, and the part of it that anybody else sees."""
-        queries, N = self.q.tokens, self.axis.size
-        keys = self.kv.tokens[j]
-        seers = [s for s in range(1, N) if self.b.sees(queries[(j + self.way * s) % N], keys)]
-        return max(seers, default=0), self.b.seen_by(keys, [queries[(j + self.way * s) % N] for s in seers])
+        ahead, last = seen_ahead(self.b.mask, self.kv.tokens[j], self.q.tokens, j, self.way)
+        return last, ahead[1]
 
 
 def _checked(way: int) -> int:

@@ -66,10 +66,10 @@ def backward(
     dq = dkv = None
     sums: dict[int, Block] = {}
     for j, block in walk(b, axis, q, kv):
-        dq_part, dkv_part = attend(b.take(mine, b.seeing(mine.tokens, [block.tokens])), block)
+        dq_part, dkv_part = attend(b.take(mine, b.seeing(mine.tokens, block.tokens)), block)
         dq = b.add(dq, dq_part, mine.tokens)
-        sums[j] = b.take(dkv_part, b.seen_by(block.tokens, [mine.tokens]))
-    shared = {i: b.seen_by(own.tokens, [q.tokens[i]]) for i in others}
+        sums[j] = b.take(dkv_part, b.seen_by(block.tokens, mine.tokens))
+    shared = {i: b.seen_by(own.tokens, q.tokens[i]) for i in others}
     like = Block((), b.gradient_specs(kv), own.tokens, kv.heads)
     received = b.exchange(
         "reduce_scatter", axis.channel("scatter"), {axis[j]: sums[j] for j in others},

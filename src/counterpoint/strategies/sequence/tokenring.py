@@ -25,8 +25,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from counterpoint.kernels.kernel import TensorSpec
-from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, Axis, Block, Tree
+from counterpoint.strategies.sequence.blocks import Attention, AttentionBackward, Axis, Block
 from counterpoint.strategies.sequence.builder import AttentionBuilder
+from counterpoint.strategies.sequence.sight import seeing_ahead
+from counterpoint.strategies.sequence.tree import Tree
 
 
 def forward(
@@ -118,7 +120,7 @@ def circulate(
         for p, part in enumerate(parts if t == 0 else returned):
             total[p] = combine(total[p], part, q.tokens[r])
         if t > 0:
-            seen = b.seeing(q.tokens[r], [kv.tokens[(r - t) % N]])
+            seen = b.seeing(q.tokens[r], kv.tokens[(r - t) % N])
             returned = [home.receive(b, packet, seen, axis[r - t], way(t)) for packet in own]
     for p, part in enumerate(returned):
         total[p] = combine(total[p], part, q.tokens[r])
@@ -136,10 +138,10 @@ def walk(b: AttentionBuilder, axis: Axis, q: Block, kv: Block, relay: bool) -> I
     names = ("q", "dout", "lse", "delta")[: len(q.specs)]
 
     def seen(j: int, t: int):  # the part of Q_j that sees keys of the rank it is at in step t
-        return b.seeing(queries[j], [keys[(j - t) % N]])
+        return b.seeing(queries[j], keys[(j - t) % N])
 
     def walking(j: int, t: int):  # the part of Q_j that sees keys there or further on
-        return b.seeing(queries[j], [keys[(j - s) % N] for s in range(t, N)])
+        return seeing_ahead(b.mask, queries[j], keys, j, -1)[t]
 
     own = visiting = b.here(q, axis)
     for t in range(N):

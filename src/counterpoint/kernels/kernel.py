@@ -47,12 +47,14 @@ class TensorSpec:
 
     def with_size(self, dim: int, size: int) -> TensorSpec:
         """The same tensor with another size of one dim."""
+        if self.shape[dim] == size:
+            return self
         shape = list(self.shape)
         shape[dim] = size
         return TensorSpec(tuple(shape), self.dtype)
 
     def cast(self, dtype: str) -> TensorSpec:
-        return TensorSpec(self.shape, dtype)
+        return self if dtype == self.dtype else TensorSpec(self.shape, dtype)
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"

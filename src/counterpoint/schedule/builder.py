@@ -32,11 +32,11 @@ class Builder:
         self, kernel: Kernel, *inputs: Value, names: Sequence[str] | None = None, stream: str = "compute"
     ) -> tuple[Value, ...]:
         """Run a kernel. names: of the results, by default those the kernel's label suggests."""
-        specs = kernel.outputs(*(v.spec for v in inputs))
+        specs = kernel.outputs(*[v.spec for v in inputs])
         if names is None:
             names = [inputs[i].name if inputs else "value" for i in range(len(specs))]
-        outputs = tuple(self._value(name, spec) for name, spec in zip(names, specs, strict=True))
-        self._steps.append(Compute(kernel, tuple(v.name for v in inputs), outputs, stream))
+        outputs = tuple([self._value(name, spec) for name, spec in zip(names, specs, strict=True)])
+        self._steps.append(Compute(kernel, tuple([v.name for v in inputs]), outputs, stream))
         return outputs
 
     def send(self, values: Iterable[Value], to: int, channel: str) -> None:
@@ -48,7 +48,7 @@ class Builder:
     ) -> tuple[Value, ...]:
         """Receive one message of values with these specs on a channel."""
         names = names or [f"{channel}{i}" for i in range(len(specs))]
-        outputs = tuple(self._value(name, spec) for name, spec in zip(names, specs, strict=True))
+        outputs = tuple([self._value(name, spec) for name, spec in zip(names, specs, strict=True)])
         self._steps.append(Recv(outputs, source, channel))
         return outputs
 
@@ -84,7 +84,7 @@ class Builder:
         needed = set(names.values())
         kept: list[Step] = []
         for step in reversed(self._steps):
-            if isinstance(step, Compute | Copy) and not any(w.name in needed for w in step.writes):
+            if isinstance(step, (Compute, Copy)) and needed.isdisjoint([w.name for w in step.writes]):
                 continue
             needed.update(step.reads)
             kept.append(step)
@@ -94,7 +94,8 @@ class Builder:
         )
 
     def _value(self, name: str, spec: TensorSpec) -> Value:
-        name = name.split("'")[0]
+        if "'" in name:
+            name = name[: name.index("'")]
         count = self._uses.get(name, 0)
         self._uses[name] = count + 1
         return Value(f"{name}'{count}" if count else name, spec)

@@ -10,10 +10,9 @@ from typing import Literal
 import numpy as np
 
 from counterpoint.cluster.cluster import Cluster
-from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.schedule.check import check_messages
 from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, Send
-from counterpoint.simulator.cost import kernel_cost
+from counterpoint.simulator.cost import KernelCosts
 from counterpoint.simulator.fold import Symmetry
 from counterpoint.simulator.meetings import Meeting, Message, meet
 from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, SEND, TIMED, Array, Program, lists
@@ -65,13 +64,14 @@ class Compiler:
         self._sent: dict[Key, list[End]] = defaultdict(list)
         self._received: dict[Key, list[End]] = defaultdict(list)
         self._destination: dict[Key, int] = {}
-        self._costs: dict[tuple, tuple[float, int]] = {}
+        self._costs: dict[str, KernelCosts] = {}  # by name of the device
 
     def add(self, schedule: Schedule) -> None:
         """The steps of one rank."""
         memory, values = schedule.memory, schedule.values
         base, device = len(self.rank), self.cluster.device(self.places[schedule.rank])
         self._add_streams(schedule, base)
+        cost = self._costs.setdefault(device.name, KernelCosts(device))
         sizes = {name: value.nbytes for name, value in values.items()}
         maker: dict[str, int] = {}
         tier = {v.name: DEVICE for v in schedule.inputs}
@@ -95,8 +95,8 @@ class Compiler:
             kind, where = EXCHANGE, DEVICE
             if isinstance(step, Compute):
                 kind = TIMED
-                key = (device.name, step.kernel, tuple([values[name].spec for name in reads]))
-                self.seconds[number], self.flops[number] = self._cost(key, device)
+                specs = [values[name].spec for name in reads]
+                self.seconds[number], self.flops[number] = cost(step.kernel, specs)
                 where = tier[reads[0]] if reads and step.kernel.aliases else DEVICE
             elif isinstance(step, Send):
                 kind = SEND
@@ -272,11 +272,6 @@ class Compiler:
                     self.following[base + before] = base + i
                     self.waits[base + i] = 1
                 before = i
-
-    def _cost(self, key: tuple[str, object, tuple[TensorSpec, ...]], device) -> tuple[float, int]:
-        if key not in self._costs:
-            self._costs[key] = kernel_cost(device, key[1], key[2])  # type: ignore[arg-type]
-        return self._costs[key]
 
     def _send(self, step: int, rank: int, to: int, channel: str, nbytes: int) -> None:
         key = (self.symmetry.seen_from(to, rank), self.symmetry.representative(to), channel)

@@ -14,6 +14,7 @@ from itertools import product
 from math import prod
 
 from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, Send
+from counterpoint.simulator.garbage import no_garbage_collection
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class Symmetry:
         return places[::-1]
 
 
+@no_garbage_collection()
 def fold(schedule_of: Callable[[int], Schedule], mesh: Sequence[int]) -> tuple[list[Schedule], Symmetry]:
     """The schedules that must be simulated, and the symmetry under which they stand for all others.
 

@@ -16,12 +16,14 @@ from counterpoint.schedule.table import describe, span_name
 from counterpoint.schedule.timeline import Kind, MemoryEvent, Span, Timeline
 from counterpoint.simulator.compiler import Collectives, Compiler
 from counterpoint.simulator.fold import Symmetry
+from counterpoint.simulator.garbage import no_garbage_collection
 from counterpoint.simulator.program import Program
 
 if TYPE_CHECKING:
     from counterpoint.simulator.engine import State
 
 
+@no_garbage_collection()
 def simulate(
     schedules: Sequence[Schedule],
     cluster: Cluster,

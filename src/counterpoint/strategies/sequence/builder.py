@@ -63,11 +63,9 @@ class AttentionBuilder(Builder):
     # ---- tokens --------------------------------------------------------------------------------
     def mine(self, tokens: Tree) -> Tokens:
         """This rank's leaf of a tree of tokens."""
-        levels = depth(tokens)
-        for place in self.place[len(self.place) - levels :]:
-            assert isinstance(tokens, tuple)
-            tokens = tokens[place]
-        assert isinstance(tokens, Tokens)
+        if not isinstance(tokens, Tokens):
+            for place in self.place[len(self.place) - depth(tokens) :]:
+                tokens = tokens[place]
         return tokens
 
     def seen_by(self, keys: Tree, queries: Tree) -> Tree:

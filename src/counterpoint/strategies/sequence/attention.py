@@ -18,7 +18,7 @@ from counterpoint.strategies.sequence.blocks import AttentionShape, Axis, Block
 from counterpoint.strategies.sequence.builder import AttentionBuilder
 from counterpoint.strategies.sequence.choices import Choice, check_options, options_of, parse_choice
 from counterpoint.strategies.sequence.layout import SequenceLayout
-from counterpoint.strategies.sequence.tree import Tree
+from counterpoint.strategies.sequence.tree import Branches, Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +269,7 @@ def _tree(problem: AttentionProblem, levels: tuple[Level, ...], which: Literal["
             return tokens(_rank(mesh, [fixed[i] for i in range(len(mesh))]))
         axes = levels[depth][1]
         spots = product(*(range(mesh[i]) for i in axes))
-        return Tree(grow(depth + 1, {**fixed, **dict(zip(axes, spot, strict=True))}) for spot in spots)
+        return Branches(grow(depth + 1, {**fixed, **dict(zip(axes, spot, strict=True))}) for spot in spots)
 
     return grow(0, {})
 

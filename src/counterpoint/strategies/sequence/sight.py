@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from counterpoint.kernels.mask import AttentionMask
 from counterpoint.kernels.tokens import Tokens, in_order, union
-from counterpoint.strategies.sequence.tree import Tree, leaves, map_tree
+from counterpoint.strategies.sequence.tree import Branches, Tree, leaves, map_tree
 
 _REMEMBERED = 1 << 16
 
@@ -72,7 +72,7 @@ def without(tokens: Tree, part: Tree) -> Tree:
             ranges.append((start, a))
             start = b
         return tokens.pick([*ranges, (start, tokens.count)])
-    return Tree(without(t, p) for t, p in zip(tokens, part, strict=True))
+    return Branches(without(t, p) for t, p in zip(tokens, part, strict=True))
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -80,7 +80,7 @@ def merged(trees: tuple[Tree, ...]) -> Tree:
     """Trees of the same form as one, rank by rank."""
     if isinstance(trees[0], Tokens):
         return in_order(trees)[0]
-    return Tree(merged(tuple(t[i] for t in trees)) for i in range(len(trees[0])))
+    return Branches(merged(tuple(t[i] for t in trees)) for i in range(len(trees[0])))
 
 
 def _seen(mask: AttentionMask, keys: Tree, deciding: tuple[Tokens, ...]) -> Tree:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from counterpoint.kernels.tokens import Tokens
 
-if TYPE_CHECKING:
-    Tree = (
-        Any  # Tokens, or a tree for every rank of the next axis: type checkers cannot follow how deep it is
-    )
-else:
+Tree = Any  # Tokens, or Branches
 
-    class Tree(tuple):
-        """For every rank of an axis its `Tokens`, or a tree over the axes that follow. Knows its hash."""
 
-        def __hash__(self) -> int:
-            if "hash" not in self.__dict__:
-                self.__dict__["hash"] = tuple.__hash__(self)
-            return self.__dict__["hash"]
+class Branches(tuple):
+    """For every rank of an axis its `Tokens`, or the branches over the axes that follow. Knows its hash."""
+
+    def __hash__(self) -> int:
+        if "hash" not in self.__dict__:
+            self.__dict__["hash"] = tuple.__hash__(self)
+        return self.__dict__["hash"]
 
 
 def depth(tokens: Tree) -> int:
@@ -38,4 +35,4 @@ def map_tree(tokens: Tree, change: Callable[[Tokens], Tokens]) -> Tree:
         changed = change(tokens)
         return tokens if changed == tokens else changed
     parts = [map_tree(part, change) for part in tokens]
-    return tokens if all(a is b for a, b in zip(parts, tokens, strict=True)) else Tree(parts)
+    return tokens if all(a is b for a, b in zip(parts, tokens, strict=True)) else Branches(parts)

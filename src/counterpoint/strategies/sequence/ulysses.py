@@ -25,7 +25,7 @@ from counterpoint.strategies.sequence.blocks import (
     split_evenly,
 )
 from counterpoint.strategies.sequence.builder import AttentionBuilder
-from counterpoint.strategies.sequence.tree import Tree
+from counterpoint.strategies.sequence.tree import Branches
 
 Heads = list[tuple[int, int]]
 
@@ -75,7 +75,7 @@ def backward(
 
 def seen_keys(b: AttentionBuilder, q: Block, kv: Block) -> Block:
     """The keys that any query sees: a window over a long cache leaves some that nobody does."""
-    return b.take(kv, Tree(b.seen_by(tokens, q.tokens) for tokens in kv.tokens))
+    return b.take(kv, Branches(b.seen_by(tokens, q.tokens) for tokens in kv.tokens))
 
 
 def deal_heads(b: AttentionBuilder, axis: Axis, q: Block) -> tuple[Heads, Heads]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,7 +52,11 @@ def tensors(recipe: Recipe, seed: int = 0) -> tuple[dict[str, torch.Tensor], Lay
 
 
 def short(name: str) -> str:
-    return name.split(".", 1)[1].removesuffix(".weight") if "norm" not in name.split(".")[0] else name.split(".")[0]
+    return (
+        name.split(".", 1)[1].removesuffix(".weight")
+        if "norm" not in name.split(".")[0]
+        else name.split(".")[0]
+    )
 
 
 def by_autograd(recipe: Recipe, given: dict[str, torch.Tensor], layer: Layer) -> dict[str, torch.Tensor]:

@@ -21,12 +21,13 @@ def _product(*inputs: TensorSpec) -> int:
 @register("view")
 @dataclass(frozen=True, slots=True)
 class View(Kernel):
-    """The same numbers with other dims behind the first two."""
+    """The same numbers with other dims behind the first two, and with `lead` also other first two."""
 
     tail: tuple[int, ...]
+    lead: tuple[int, ...] = ()
 
     def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
-        return (TensorSpec((*inputs[0].shape[:2], *self.tail), inputs[0].dtype),)
+        return (TensorSpec((*(self.lead or inputs[0].shape[:2]), *self.tail), inputs[0].dtype),)
 
     @property
     def aliases(self) -> dict[int, int]:
@@ -36,7 +37,7 @@ class View(Kernel):
         return Work()
 
     def run(self, *inputs):
-        return (inputs[0].reshape(*inputs[0].shape[:2], *self.tail),)
+        return (inputs[0].reshape(*(self.lead or inputs[0].shape[:2]), *self.tail),)
 
 
 @register("linear")

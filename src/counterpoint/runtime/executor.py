@@ -74,6 +74,8 @@ class _Run:
         self.spans: list[Span] = []
         self.memory: list[MemoryEvent] = []
         self.live = sum(v.nbytes for v in schedule.inputs)
+        copies = (step for step in schedule.steps if isinstance(step, Copy))
+        self.host = {step.output.name for step in copies if step.tier == "host"}
         self.names: dict[str, list[str]] = {}  # root -> the names that share its buffer
         for name, root in schedule.memory.root.items():
             self.names.setdefault(root, []).append(name)
@@ -180,7 +182,7 @@ class _Run:
         with self.changed:
             fresh = [v for v in step.writes if memory.root[v.name] == v.name]
             if not counted:
-                self._measure(sum(v.nbytes for v in fresh))
+                self._measure(sum(v.nbytes for v in fresh if v.name not in self.host))
             for value, tensor in zip(step.writes, made, strict=True):
                 self.values[value.name] = tensor
             for value in fresh:
@@ -200,7 +202,8 @@ class _Run:
     def _free(self, root: str) -> None:
         for name in self.names[root]:
             self.values.pop(name, None)
-        self._measure(-self.schedule.values[root].nbytes)
+        if root not in self.host:
+            self._measure(-self.schedule.values[root].nbytes)
         for inbox in self.inboxes.values():
             inbox.freed(root)
 

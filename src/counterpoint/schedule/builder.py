@@ -18,14 +18,17 @@ class Builder:
     def __init__(self, name: str, rank: int, world_size: int) -> None:
         self.name, self.rank, self.world_size = name, rank, world_size
         self._inputs: list[Value] = []
+        self._donated: list[str] = []
         self._steps: list[Step] = []
         self._depths: dict[str, int] = {}
         self._uses: dict[str, int] = {}
 
-    def input(self, name: str, spec: TensorSpec) -> Value:
-        """A value that the caller hands in; it is never written to."""
+    def input(self, name: str, spec: TensorSpec, donated: bool = False) -> Value:
+        """A value that the caller hands in; it is written to only if it is donated."""
         value = self._value(name, spec)
         self._inputs.append(value)
+        if donated:
+            self._donated.append(value.name)
         return value
 
     def compute(
@@ -89,8 +92,9 @@ class Builder:
             needed.update(step.reads)
             kept.append(step)
         inputs = tuple(v for v in self._inputs if v.name in needed)
+        donated = tuple(name for name in self._donated if name in needed)
         return Schedule(
-            self.name, self.rank, self.world_size, inputs, names, tuple(reversed(kept)), self._depths
+            self.name, self.rank, self.world_size, inputs, names, tuple(reversed(kept)), self._depths, donated
         )
 
     def _value(self, name: str, spec: TensorSpec) -> Value:

@@ -97,11 +97,11 @@ def _check_uses(schedule: Schedule) -> None:
         if not (isinstance(step, Compute) and step.kernel.mutates):
             continue
         for shared in {root[step.reads[j]] for j in step.kernel.aliases.values()}:
-            if shared in inputs:
+            if shared in inputs and shared not in schedule.donated:
                 raise _error(schedule, i, f"writes into {shared!r}, which belongs to the caller")
             for j in readers[shared]:
                 other = schedule.steps[j]
-                if other.stream != step.stream and not _after(schedule, i, j):
+                if other.stream != step.stream and not _after(schedule, min(i, j), max(i, j)):
                     raise _error(
                         schedule, i, f"writes into {shared!r} while {describe(schedule, j)} may still read it"
                     )

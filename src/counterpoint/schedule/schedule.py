@@ -162,7 +162,10 @@ Step = Compute | Send | Recv | Collective | Copy
 
 @dataclass(frozen=True)
 class Schedule:
-    """What one rank does: the values it is given, its steps, the values it hands back."""
+    """What one rank does: the values it is given, its steps, the values it hands back.
+
+    donated: inputs that the schedule may write into (parameters that an optimizer updates); no other is changed.
+    """
 
     name: str
     rank: int
@@ -171,6 +174,7 @@ class Schedule:
     outputs: dict[str, str]  # what the caller calls a result -> the value's name
     steps: tuple[Step, ...]
     depths: dict[str, int] = field(default_factory=dict)
+    donated: tuple[str, ...] = ()
 
     def depth(self, channel: str) -> int:
         return self.depths.get(channel, DEPTH)

@@ -8,7 +8,17 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from counterpoint.kernels import attention, linear, rows, shape  # noqa: F401 - their kernels are known by name once imported
+from counterpoint.kernels import (  # noqa: F401 - their kernels are known by name once imported
+    attention,
+    flat,
+    linear,
+    loss,
+    norm,
+    pointwise,
+    projection,
+    rows,
+    shape,
+)
 from counterpoint.kernels.kernel import kernel_class, kernel_name
 from counterpoint.schedule.schedule import Collective, Compute, Copy, Recv, Schedule, Send, Step, Value
 
@@ -31,6 +41,7 @@ def to_json(schedule: Schedule) -> dict[str, Any]:
         "outputs": dict(schedule.outputs),
         "steps": [_step_to_json(step) for step in schedule.steps],
         "depths": dict(schedule.depths),
+        "donated": list(schedule.donated),
     }
 
 
@@ -51,7 +62,8 @@ def from_json(data: dict[str, Any]) -> Schedule:
                 reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
                 raise ValueError(f"step {i} of the stored schedule cannot be read: {reason}") from None
         outputs, depths = dict(data["outputs"]), dict(data["depths"])
-        return Schedule(data["name"], data["rank"], data["world_size"], inputs, outputs, tuple(steps), depths)
+        rank, size, donated = data["rank"], data["world_size"], tuple(data.get("donated", ()))
+        return Schedule(data["name"], rank, size, inputs, outputs, tuple(steps), depths, donated)
     except KeyError as error:
         raise ValueError(f"the stored schedule has no entry {error}") from None
 

@@ -44,7 +44,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEvent:
-    """Live bytes of schedule values on a rank from `time` (seconds) on."""
+    """Live bytes of schedule values on a rank's device, host copies apart, from `time` (seconds) on."""
 
     rank: int
     time: float

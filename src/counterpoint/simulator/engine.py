@@ -244,5 +244,5 @@ def _post(p: Program, s: State, stream: int, time: float, events) -> None:
 
 def _record(s: State, rank: int, time: float) -> None:
     n = s.counts[EVENTS]
-    s.event_rank[n], s.event_time[n], s.event_live[n] = rank, time, s.live[rank]
+    s.event_rank[n], s.event_time[n], s.event_live[n] = rank, time, s.fast[rank]
     s.counts[EVENTS] += 1

@@ -15,24 +15,13 @@ Shapes: x (B, S, E); q, out (B, S, H, D); k, v (B, S, G, D); lse (B, S, H); weig
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from counterpoint.kernels.attention import Add, Attend, AttendBackward
-from counterpoint.kernels.kernel import Kernel, TensorSpec
+from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.kernels.mask import Area, AttentionMask
-from counterpoint.kernels.norm import (
-    RMSNorm,
-    RMSNormBackward,
-    RMSUnit,
-    RMSUnitBackward,
-    Rotate,
-    Weigh,
-    WeighBackward,
-)
+from counterpoint.kernels.norm import Rotate
 from counterpoint.kernels.pointwise import (
-    Accumulate,
     After,
     Empty,
     Multiply,
@@ -42,16 +31,14 @@ from counterpoint.kernels.pointwise import (
     Sum,
     Write,
 )
-from counterpoint.kernels.projection import Linear, LinearInput, LinearWeight, Lora, LoraBackward, View
-from counterpoint.kernels.shape import Cast, Take
+from counterpoint.kernels.projection import View
 from counterpoint.kernels.tokens import Run, Tokens
 from counterpoint.model.config import ModelConfig
 from counterpoint.schedule.builder import Builder
 from counterpoint.schedule.schedule import Schedule, Value
 from counterpoint.strategies.memory.cost import Block, chunk_lengths, offloaded_tensors
+from counterpoint.strategies.memory.operators import Operators, Values
 from counterpoint.strategies.memory.policy import LayerPolicy
-
-Values = dict[str, Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +84,18 @@ def adapter_weights(config: ModelConfig, rank: int) -> dict[str, TensorSpec]:
     return adapters
 
 
-class LayerWriter:
+class LayerWriter(Operators):
     """Writes the two passes of one layer. After `backward`, `grads` holds the gradients of what is trained, by name."""
 
     def __init__(
         self, builder: Builder, recipe: Recipe, layer: int, weights: Values, cos: Value, sin: Value
     ) -> None:
-        self.builder, self.recipe, self.weights = builder, recipe, weights
-        self.config, self.block = recipe.block.config, recipe.block
-        self.cos, self.sin = cos, sin
+        super().__init__(builder, recipe.block, weights, recipe.rank)
+        self.recipe, self.cos, self.sin = recipe, cos, sin
         self.mask = AttentionMask(causal=True, window=self.config.window(layer))
         self.scale = self.config.head_dim**-0.5
         self.saved: Values = {}
-        self.grads: Values = {}
         self._host: Values = {}
-        self._sums: list[Values] = []
 
     # ---- the policies --------------------------------------------------------------------------------
     def forward(self, x: Value) -> Value:
@@ -131,7 +115,7 @@ class LayerWriter:
     def prefetch(self, after: Value) -> None:
         """Begin to bring back what went to host memory, once `after` exists."""
         for name, value in self._host.items():
-            ready = self._one(After(), value, after)
+            ready = self.one(After(), value, after)
             self.saved[name] = self.builder.copy(ready, "device", "from_host")
         self._host = {}
 
@@ -147,62 +131,58 @@ class LayerWriter:
 
     def _stream_forward(self, x: Value) -> Value:
         k, v = self._all_keys(x)
-        spans = self._spans(self.recipe.policy.chunks)
+        spans = _spans(self.block.tokens, self.recipe.policy.chunks)
         if len(spans) == 1:
             return self._rows_forward(x, 0, self.block.tokens, k, v, {})
-        y = self._one(Empty(x.spec), x, name="y")
+        y = self.one(Empty(x.spec), x, name="y")
         for a, b in spans:
-            y = self._one(Write(a, b), y, self._rows_forward(self._rows(x, a, b), a, b, k, v, {}))
+            y = self.one(Write(a, b), y, self._rows_forward(self.rows(x, a, b), a, b, k, v, {}))
         return y
 
     def _stream_backward(self, dy: Value, x: Value) -> Value:
         k, v = self._all_keys(x)
-        spans, wide = self._spans(self.recipe.policy.chunks), self.block.wide
-        dx = self._one(Empty(x.spec), x, name="dx")
-        dk, dv = (
-            self._one(Empty(t.spec.cast(wide), zero=True), x, name=n) for t, n in ((k, "dk"), (v, "dv"))
-        )
-        with self._pieces():
+        spans, wide = _spans(self.block.tokens, self.recipe.policy.chunks), self.block.wide
+        dx = self.one(Empty(x.spec), x, name="dx")
+        dk, dv = (self.one(Empty(t.spec.cast(wide), zero=True), x, name=n) for t, n in ((k, "dk"), (v, "dv")))
+        with self.pieces():
             for a, b in spans:
                 saved: Values = {}
-                y = self._rows_forward(self._rows(x, a, b), a, b, k, v, saved)
-                d = self._one(After(), self._rows(dy, a, b), y)
+                y = self._rows_forward(self.rows(x, a, b), a, b, k, v, saved)
+                d = self.one(After(), self.rows(dy, a, b), y)
                 part, dkeys, dvalues = self._rows_back(d, saved, (a, b))
-                dx = self._one(Write(a, b), dx, part)
+                dx = self.one(Write(a, b), dx, part)
                 low, high = self._seen(a, b)
-                dk = self._one(Add(((low, high),)), dk, dkeys)
-                dv = self._one(Add(((low, high),)), dv, dvalues)
+                dk = self.one(Add(((low, high),)), dk, dkeys)
+                dv = self.one(Add(((low, high),)), dv, dvalues)
             for a, b in spans:
                 saved = {}
-                h = saved["h"] = self._norm(self._rows(x, a, b), "x", "input_layernorm", saved)
+                h = saved["h"] = self.norm(self.rows(x, a, b), "x", "input_layernorm", saved)
                 self._keys(h, (a, b), saved)
-                dh = self._keys_back(*(self._cast(self._rows(g, a, b)) for g in (dk, dv)), saved, (a, b))
-                dx = self._one(Add(((a, b),)), dx, self._norm_back(dh, "x", "input_layernorm", saved))
+                narrow_k, narrow_v = (self.cast(self.rows(g, a, b)) for g in (dk, dv))
+                dh = self._keys_back(narrow_k, narrow_v, saved, (a, b))
+                dx = self.one(Add(((a, b),)), dx, self.norm_back(dh, "x", "input_layernorm", saved))
         return dx
 
     def _all_keys(self, x: Value) -> tuple[Value, Value]:
         """Keys and values of the whole sequence, made chunk by chunk and without what their gradients would need."""
-        spans = self._spans(self.recipe.policy.chunks)
+        spans = _spans(self.block.tokens, self.recipe.policy.chunks)
         k = v = None
         for a, b in spans:
-            h = self._norm(self._rows(x, a, b), "x", "input_layernorm", {})
+            h = self.norm(self.rows(x, a, b), "x", "input_layernorm", {})
             part_k, part_v = self._keys(h, (a, b), {})
             if len(spans) == 1:
                 return part_k, part_v
             if k is None or v is None:
                 whole = part_k.spec.with_size(1, self.block.tokens)
-                k, v = self._one(Empty(whole), x, name="k"), self._one(Empty(whole), x, name="v")
-            k, v = self._one(Write(a, b), k, part_k), self._one(Write(a, b), v, part_v)
+                k, v = self.one(Empty(whole), x, name="k"), self.one(Empty(whole), x, name="v")
+            k, v = self.one(Write(a, b), k, part_k), self.one(Write(a, b), v, part_v)
         assert k is not None and v is not None
         return k, v
-
-    def _spans(self, pieces: int) -> list[tuple[int, int]]:
-        return _spans(self.block.tokens, pieces)
 
     # ---- the layer -----------------------------------------------------------------------------------
     def _layer(self, x: Value, saved: Values) -> Value:
         everything = (0, self.block.tokens)
-        h = saved["h"] = self._norm(x, "x", "input_layernorm", saved)
+        h = saved["h"] = self.norm(x, "x", "input_layernorm", saved)
         q = self._queries(h, everything, saved)
         k, v = self._keys(h, everything, saved)
         saved["k"], saved["v"] = k, v
@@ -212,38 +192,38 @@ class LayerWriter:
         everything = (0, self.block.tokens)
         dx, dq, dk, dv = self._close_back(dy, saved, everything)
         dh = self._queries_back(dq, saved, everything)
-        dh = self._one(Sum(), dh, self._keys_back(self._cast(dk), self._cast(dv), saved, everything))
-        return self._one(Sum(), dx, self._norm_back(dh, "x", "input_layernorm", saved))
+        dh = self.one(Sum(), dh, self._keys_back(self.cast(dk), self.cast(dv), saved, everything))
+        return self.one(Sum(), dx, self.norm_back(dh, "x", "input_layernorm", saved))
 
     def _rows_forward(self, x: Value, a: int, b: int, k: Value, v: Value, saved: Values) -> Value:
         """Queries, attention and feed-forward of tokens a to b, given the keys and values of all."""
         low, high = self._seen(a, b)
-        h = saved["h"] = self._norm(x, "x", "input_layernorm", saved)
+        h = saved["h"] = self.norm(x, "x", "input_layernorm", saved)
         q = self._queries(h, (a, b), saved)
-        saved["k"], saved["v"] = self._rows(k, low, high), self._rows(v, low, high)
+        saved["k"], saved["v"] = self.rows(k, low, high), self.rows(v, low, high)
         return self._close(x, self._attend(q, saved["k"], saved["v"], (a, b), saved), saved)
 
     def _rows_back(self, dy: Value, saved: Values, span: tuple[int, int]) -> tuple[Value, Value, Value]:
         dx, dq, dk, dv = self._close_back(dy, saved, span)
-        part = self._norm_back(self._queries_back(dq, saved, span), "x", "input_layernorm", saved)
-        return self._one(Sum(), dx, part), dk, dv
+        part = self.norm_back(self._queries_back(dq, saved, span), "x", "input_layernorm", saved)
+        return self.one(Sum(), dx, part), dk, dv
 
     def _close(self, x: Value, out: Value, saved: Values) -> Value:
         """What follows attention: its projection, and the feed-forward, each added to what came in."""
-        flat = self._one(View((out.spec.shape[2] * out.spec.shape[3],)), out)
-        y = self._one(Sum(), x, self._linear("o_proj", flat, saved), name="y")
-        m = saved["m"] = self._norm(y, "y", "post_attention_layernorm", saved)
-        return self._one(Sum(), y, self._mlp(m, saved), name="z")
+        flat = self.one(View((out.spec.shape[2] * out.spec.shape[3],)), out)
+        y = self.one(Sum(), x, self.linear("o_proj", flat, saved), name="y")
+        m = saved["m"] = self.norm(y, "y", "post_attention_layernorm", saved)
+        return self.one(Sum(), y, self._mlp(m, saved), name="z")
 
     def _close_back(
         self, dz: Value, saved: Values, span: tuple[int, int]
     ) -> tuple[Value, Value, Value, Value]:
         """(gradient of the residual stream, dq, dk, dv); those of attention in float32."""
         dm = self._mlp_back(dz, saved)
-        dy = self._one(Sum(), dz, self._norm_back(dm, "y", "post_attention_layernorm", saved), name="dy")
+        dy = self.one(Sum(), dz, self.norm_back(dm, "y", "post_attention_layernorm", saved), name="dy")
         out = saved["out"]
-        flat = self._one(View((out.spec.shape[2] * out.spec.shape[3],)), out)
-        dout = self._one(View(out.spec.shape[2:]), self._linear_back("o_proj", dy, flat, saved), name="dout")
+        flat = self.one(View((out.spec.shape[2] * out.spec.shape[3],)), out)
+        dout = self.one(View(out.spec.shape[2:]), self.linear_back("o_proj", dy, flat, saved), name="dout")
         kernel = AttendBackward(self._areas(span), self.scale, has_out=True)
         inputs = (saved["q"], dout, saved["lse"], out, saved["k"], saved["v"])
         dq, dk, dv = self.builder.compute(kernel, *inputs, names=("dq", "dk", "dv"))
@@ -268,40 +248,40 @@ class LayerWriter:
         return out
 
     def _queries(self, h: Value, span: tuple[int, int], saved: Values) -> Value:
-        q = self._heads(self._linear("q_proj", h, saved), "q")
+        q = self._heads(self.linear("q_proj", h, saved), "q")
         if self.config.qk_norm:
-            q = self._norm(q, "q_raw", "q_norm", saved)
+            q = self.norm(q, "q_raw", "q_norm", saved)
         return self._turn(q, span)
 
     def _queries_back(self, dq: Value, saved: Values, span: tuple[int, int]) -> Value:
-        dq = self._turn(self._cast(dq), span, back=True)
+        dq = self._turn(self.cast(dq), span, back=True)
         if self.config.qk_norm:
-            dq = self._norm_back(dq, "q_raw", "q_norm", saved)
-        return self._linear_back("q_proj", self._flat(dq), saved["h"], saved)
+            dq = self.norm_back(dq, "q_raw", "q_norm", saved)
+        return self.linear_back("q_proj", self._flat(dq), saved["h"], saved)
 
     def _keys(self, h: Value, span: tuple[int, int], saved: Values) -> tuple[Value, Value]:
-        k = self._heads(self._linear("k_proj", h, saved), "k")
-        v = self._heads(self._linear("v_proj", h, saved), "v")
+        k = self._heads(self.linear("k_proj", h, saved), "k")
+        v = self._heads(self.linear("v_proj", h, saved), "v")
         if self.config.qk_norm:
-            k = self._norm(k, "k_raw", "k_norm", saved)
+            k = self.norm(k, "k_raw", "k_norm", saved)
         return self._turn(k, span), v
 
     def _keys_back(self, dk: Value, dv: Value, saved: Values, span: tuple[int, int]) -> Value:
         dk = self._turn(dk, span, back=True)
         if self.config.qk_norm:
-            dk = self._norm_back(dk, "k_raw", "k_norm", saved)
-        dh = self._linear_back("k_proj", self._flat(dk), saved["h"], saved)
-        return self._one(Sum(), dh, self._linear_back("v_proj", self._flat(dv), saved["h"], saved))
+            dk = self.norm_back(dk, "k_raw", "k_norm", saved)
+        dh = self.linear_back("k_proj", self._flat(dk), saved["h"], saved)
+        return self.one(Sum(), dh, self.linear_back("v_proj", self._flat(dv), saved["h"], saved))
 
     def _turn(self, x: Value, span: tuple[int, int], back: bool = False) -> Value:
-        return self._one(Rotate(back), x, self._rows(self.cos, *span), self._rows(self.sin, *span))
+        return self.one(Rotate(back), x, self.rows(self.cos, *span), self.rows(self.sin, *span))
 
     def _heads(self, x: Value, name: str) -> Value:
         d = self.config.head_dim
-        return self._one(View((x.spec.shape[2] // d, d)), x, name=name)
+        return self.one(View((x.spec.shape[2] // d, d)), x, name=name)
 
     def _flat(self, x: Value) -> Value:
-        return self._one(View((x.spec.shape[2] * x.spec.shape[3],)), x)
+        return self.one(View((x.spec.shape[2] * x.spec.shape[3],)), x)
 
     # ---- feed-forward --------------------------------------------------------------------------------
     def _mlp(self, m: Value, saved: Values) -> Value:
@@ -310,133 +290,39 @@ class LayerWriter:
             return self._inner(m, saved)
         if len(spans) == 1:
             return self._inner(m, {})
-        whole = self._one(Empty(m.spec), m, name="mlp")
+        whole = self.one(Empty(m.spec), m, name="mlp")
         for a, b in spans:
-            whole = self._one(Write(a, b), whole, self._inner(self._rows(m, a, b), {}))
+            whole = self.one(Write(a, b), whole, self._inner(self.rows(m, a, b), {}))
         return whole
 
     def _mlp_back(self, dy: Value, saved: Values) -> Value:
         m = saved["m"]
         if self.recipe.mlp_tiles == 1:
             return self._inner_back(dy, m, saved)
-        dm = self._one(Empty(m.spec), m, name="dm")
-        with self._pieces():
+        dm = self.one(Empty(m.spec), m, name="dm")
+        with self.pieces():
             for a, b in _spans(m.spec.shape[1], self.recipe.mlp_tiles):
                 inside: Values = {}
-                part = self._rows(m, a, b)
-                d = self._one(After(), self._rows(dy, a, b), self._inner(part, inside))
-                dm = self._one(Write(a, b), dm, self._inner_back(d, part, inside))
+                part = self.rows(m, a, b)
+                d = self.one(After(), self.rows(dy, a, b), self._inner(part, inside))
+                dm = self.one(Write(a, b), dm, self._inner_back(d, part, inside))
         return dm
 
     def _inner(self, m: Value, saved: Values) -> Value:
-        gate = saved["gate"] = self._linear("gate_proj", m, saved)
-        silu = saved["silu"] = self._one(Silu(), gate, name="silu")
-        up = saved["up"] = self._linear("up_proj", m, saved)
-        saved["product"] = self._one(Multiply(), silu, up, name="product")
-        return self._linear("down_proj", saved["product"], saved)
+        gate = saved["gate"] = self.linear("gate_proj", m, saved)
+        silu = saved["silu"] = self.one(Silu(), gate, name="silu")
+        up = saved["up"] = self.linear("up_proj", m, saved)
+        saved["product"] = self.one(Multiply(), silu, up, name="product")
+        return self.linear("down_proj", saved["product"], saved)
 
     def _inner_back(self, dy: Value, m: Value, saved: Values) -> Value:
-        d = self._linear_back("down_proj", dy, saved["product"], saved)
+        d = self.linear_back("down_proj", dy, saved["product"], saved)
         dsilu, dup = self.builder.compute(
             MultiplyBackward(), d, saved["silu"], saved["up"], names=("dsilu", "dup")
         )
-        dm = self._linear_back("up_proj", dup, m, saved)
-        dgate = self._one(SiluBackward(), dsilu, saved["gate"], name="dgate")
-        return self._one(Sum(), dm, self._linear_back("gate_proj", dgate, m, saved))
-
-    # ---- operators -----------------------------------------------------------------------------------
-    def _one(self, kernel: Kernel, *inputs: Value, name: str | None = None) -> Value:
-        return self.builder.compute(kernel, *inputs, names=None if name is None else (name,))[0]
-
-    def _rows(self, x: Value, a: int, b: int) -> Value:
-        return x if (a, b) == (0, x.spec.shape[1]) else self._one(Take(((a, b),)), x)
-
-    def _cast(self, x: Value) -> Value:
-        return x if x.spec.dtype == self.block.dtype else self._one(Cast(self.block.dtype), x)
-
-    def _norm(self, x: Value, name: str, weight: str, saved: Values) -> Value:
-        w, eps, wide = self.weights[weight], self.config.rms_norm_eps, self.block.wide
-        if self.block.norm == "fused":
-            y, scale = self.builder.compute(RMSNorm(eps), x, w, names=("h", "scale"))
-            saved.update({name: x, f"{name}.scale": scale})
-            return y
-        if x.spec.dtype == wide:
-            saved[name] = x
-        else:
-            x = saved[f"{name}.wide"] = self._one(Cast(wide), x)
-        scale, unit = self.builder.compute(RMSUnit(eps), x, names=("scale", "unit"))
-        saved.update({f"{name}.scale": scale, f"{name}.unit": unit})
-        return self._one(Weigh(self.block.dtype), unit, w, name="h")
-
-    def _norm_back(self, dy: Value, name: str, weight: str, saved: Values) -> Value:
-        w, trained = self.weights[weight], self.recipe.rank is None
-        if self.block.norm == "fused":
-            made = self.builder.compute(
-                RMSNormBackward(trained),
-                dy,
-                saved[name],
-                saved[f"{name}.scale"],
-                w,
-                names=("dx", "dw")[: 1 + trained],
-            )
-            if trained:
-                self._gradient(weight, made[1])
-            return made[0]
-        inputs = (dy, saved[f"{name}.unit"], w) if trained else (dy, w)
-        kernel = WeighBackward(self.block.wide, trained)
-        made = self.builder.compute(kernel, *inputs, names=("dunit", "dw")[: 1 + trained])
-        if trained:
-            self._gradient(weight, made[1])
-        x = saved[name] if self.block.dtype == self.block.wide else saved[f"{name}.wide"]
-        straight, through = self.builder.compute(
-            RMSUnitBackward(), made[0], x, saved[f"{name}.scale"], names=("dx", "dx")
-        )
-        return self._cast(self._one(Sum(), straight, through))
-
-    def _linear(self, name: str, x: Value, saved: Values) -> Value:
-        label = name.removesuffix("_proj")
-        if self.recipe.rank is not None:
-            inputs = (self.weights[name], self.weights[f"{name}.a"], self.weights[f"{name}.b"])
-            y, saved[f"{name}.u"] = self.builder.compute(Lora(), x, *inputs, names=(label, "u"))
-        else:
-            bias = [self.weights[f"{name}.bias"]] if f"{name}.bias" in self.weights else []
-            y = self._one(Linear(), x, self.weights[name], *bias, name=label)
-        return y
-
-    def _linear_back(self, name: str, dy: Value, x: Value, saved: Values) -> Value:
-        w = self.weights[name]
-        if self.recipe.rank is not None:
-            a, b = self.weights[f"{name}.a"], self.weights[f"{name}.b"]
-            dx, da, db = self.builder.compute(
-                LoraBackward(), dy, x, saved[f"{name}.u"], w, a, b, names=("dx", "da", "db")
-            )
-            self._gradient(f"{name}.a", da)
-            self._gradient(f"{name}.b", db)
-            return dx
-        dx = self._one(LinearInput(), dy, w, name="dx")
-        bias = f"{name}.bias" in self.weights
-        made = self.builder.compute(LinearWeight(bias), dy, x, names=("dw", "db")[: 1 + bias])
-        for key, part in zip((name, f"{name}.bias"), made, strict=False):
-            self._gradient(key, part)
-        return dx
-
-    def _gradient(self, name: str, part: Value) -> None:
-        if not self._sums:
-            self.grads[name] = part
-            return
-        sums = self._sums[-1]
-        wide = self.block.wide
-        part = part if part.spec.dtype == wide else self._one(Cast(wide), part)
-        sums[name] = part if name not in sums else self._one(Accumulate(), sums[name], part)
-
-    @contextmanager
-    def _pieces(self) -> Iterator[None]:
-        """Gradients of the pieces in between add up, in float32, before they become gradients of the weights."""
-        self._sums.append({})
-        yield
-        for name, total in self._sums.pop().items():
-            dtype = self.weights[name].spec.dtype
-            self._gradient(name, total if total.spec.dtype == dtype else self._one(Cast(dtype), total))
+        dm = self.linear_back("up_proj", dup, m, saved)
+        dgate = self.one(SiluBackward(), dsilu, saved["gate"], name="dgate")
+        return self.one(Sum(), dm, self.linear_back("gate_proj", dgate, m, saved))
 
 
 def _spans(tokens: int, pieces: int) -> list[tuple[int, int]]:

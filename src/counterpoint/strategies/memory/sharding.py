@@ -88,6 +88,7 @@ class Shards:
         self._trained: dict[str, Mapping[str, TensorSpec]] = {}
         self._states: dict[str, list[Value]] = {}
         self._whole: Values = {}
+        self._reduced: set[str] = set()
 
     def declare(
         self, group: str, specs: Mapping[str, TensorSpec], adapters: Mapping[str, TensorSpec] | None = None
@@ -129,6 +130,7 @@ class Shards:
         if group not in self._trained:
             return
         specs = self._trained[group]
+        self._reduced.add(group)
         row = None
         if t.ranks > 1 or t.old_gradients:
             flat = Flatten(t.count(specs), _dtype(specs))
@@ -136,16 +138,29 @@ class Shards:
         if row is None:
             self.gradients.update({f"{group}.{name}": grads[name] for name in specs})
             return
+        old = self.gradients.get(group)
+        if (
+            old is not None and t.zero < 2
+        ):  # what earlier micro-batches left, before the ranks exchange the sum
+            row = self._one(Accumulate(), old, row)
         if t.zero == 1:
             self._whole[group] = row  # all of it stays until the update
         if t.ranks > 1:
             row = self._reduce_scatter(row)
         if t.ranks > 1 and t.zero == 0:
             row = self._all_gather(row, "gradients")
-        old = self.gradients.get(group)
-        if old is not None and old.spec == row.spec:
+        if old is not None and t.zero >= 2:
             row = self._one(Accumulate(), old, row)
         self.gradients[group] = row
+
+    def held(self) -> int:
+        """Bytes of the gradients of groups that have been reduced, beside those that were there from the beginning."""
+        t = self.training
+        reduced = [v for name, v in self.gradients.items() if name.split(".")[0] in self._reduced]
+        rows, whole = (sum(v.nbytes for v in part) for part in (reduced, self._whole.values()))
+        if not t.old_gradients:
+            return rows + (whole if t.ranks > 1 else 0)
+        return rows if t.zero < 2 and t.ranks > 1 else 0
 
     def update(self) -> None:
         """AdamW on all groups, in the order in which they were declared."""

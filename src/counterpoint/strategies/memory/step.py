@@ -130,5 +130,6 @@ class _Writer:
                 recipe = replace(recipe, policy=LayerPolicy("keep"))
             x = LayerWriter(b, recipe, i, weights(f"{i}", x), cos, sin).forward(x)
         last = weights("head", x)
-        last = last if "weight" in last else {**last, "weight": embed["weight"]}
+        if "weight" not in last:
+            last = {**last, "weight": (embed if copies else weights("embed", x))["weight"]}
         return HeadWriter(b, block, last, None, policy.head_tokens).forward(x, labels)

@@ -64,6 +64,7 @@ class Compiler:
         self._sent: dict[Key, list[End]] = defaultdict(list)
         self._received: dict[Key, list[End]] = defaultdict(list)
         self._destination: dict[Key, int] = {}
+        self._ends: dict[tuple[int, int], tuple[int, int]] = {}  # by sender and receiver: the first two of a key
         self._costs: dict[str, KernelCosts] = {}  # by name of the device
 
     def add(self, schedule: Schedule) -> None:
@@ -274,7 +275,9 @@ class Compiler:
                 before = i
 
     def _send(self, step: int, rank: int, to: int, channel: str, nbytes: int) -> None:
-        key = (self.symmetry.seen_from(to, rank), self.symmetry.representative(to), channel)
+        if (rank, to) not in self._ends:
+            self._ends[rank, to] = self.symmetry.seen_from(to, rank), self.symmetry.representative(to)
+        key = (*self._ends[rank, to], channel)
         self._sent[key].append((step, nbytes))
         self._destination[key] = to
         self.wire[step] += nbytes

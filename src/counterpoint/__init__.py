@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from counterpoint.runtime.attention import attention as attention
+    from counterpoint.runtime.convolution import short_convolution as short_convolution
     from counterpoint.runtime.linear import linear_attention as linear_attention
     from counterpoint.runtime.relayout import relayout as relayout
     from counterpoint.schedule.timeline import Timeline as Timeline
@@ -21,13 +22,22 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "attention": "counterpoint.runtime.attention",
+    "short_convolution": "counterpoint.runtime.convolution",
     "linear_attention": "counterpoint.runtime.linear",
     "relayout": "counterpoint.runtime.relayout",
     "SequenceLayout": "counterpoint.strategies.sequence.layout",
     "Timeline": "counterpoint.schedule.timeline",
 }
 
-__all__ = ["SequenceLayout", "Timeline", "__version__", "attention", "linear_attention", "relayout"]
+__all__ = [
+    "SequenceLayout",
+    "Timeline",
+    "__version__",
+    "attention",
+    "linear_attention",
+    "relayout",
+    "short_convolution",
+]
 
 
 def __getattr__(name: str) -> Any:

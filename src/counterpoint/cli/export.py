@@ -24,7 +24,8 @@ def export(
 ) -> None:
     """Write a model as a Hugging Face directory: config.json, model.safetensors, tokenizer.
 
-    transformers loads it: AutoModelForCausalLM.from_pretrained(directory)
+    transformers loads it: AutoModelForCausalLM.from_pretrained(directory). It has no class for models with linear
+    attention layers; counterpoint reads those back (generate, export, load_pretrained).
     """
     import torch
 
@@ -33,4 +34,10 @@ def export(
 
     decoder, tokenizer = load_trained(model)
     path = write(decoder, decoder.config, tokenizer, directory, dtype=getattr(torch, dtype.value))
+    if decoder.config.linear is not None:
+        typer.echo(
+            f"note: transformers has no class for model_type {decoder.config.model_type} (linear attention layers); "
+            "read this directory with counterpoint",
+            err=True,
+        )
     typer.echo(f"wrote {decoder.config.parameters():,} parameters to {path}")

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, for sampling one token after the other in one process."""
+"""What layers keep of the tokens so far, for sampling one token after the other in one process."""
 
 from __future__ import annotations
 
@@ -6,18 +6,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from counterpoint.kernels.convolution import convolve
+from counterpoint.kernels.linear_blocks import attend_from
 from counterpoint.model.config import ModelConfig
 from counterpoint.model.decoder import Attend
+from counterpoint.model.linear import Mix
 
 _QUERY_BLOCK = 512
 
 
 class KeyValueCache:
-    """Room for `capacity` tokens per layer; `attends` are the attention functions to give to the decoder."""
+    """Room for `capacity` tokens per softmax layer, a state per linear one; `attends` is what the decoder is given."""
 
     def __init__(self, config: ModelConfig, capacity: int) -> None:
         self.capacity = capacity
-        self.attends: list[Attend] = [_LayerCache(capacity, config.window(layer)) for layer in config.layers]
+        self.attends: list[Attend | Mix] = [
+            _StateCache() if config.is_linear(layer) else _LayerCache(capacity, config.window(layer))
+            for layer in config.layers
+        ]
+
+
+class _StateCache:
+    """The state (B, H, D, E) of a linear layer, and the last tokens that its convolution looks back to."""
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None
+        self.tail: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
+        gates = log_decay
+        if gates is not None:
+            gates = gates[None, :, None].expand(q.shape[:3]) if gates.ndim == 1 else gates
+            gates = (gates if gates.ndim == 4 else gates.unsqueeze(-1)).float()
+        out, self.state = attend_from(q.float(), k.float(), v.float(), gates, self.state)
+        return out.to(v.dtype)
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        y = convolve(x, weight, self.tail)
+        seen = x if self.tail is None else torch.cat((self.tail, x), 1)
+        self.tail = seen[:, max(0, seen.shape[1] - weight.shape[1] + 1) :]
+        return y
 
 
 class _LayerCache:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from counterpoint.model.linear_config import LINEAR_KEYS, LinearLayers
 from counterpoint.model.presets import PRESETS
 
 # What a config.json of each model type means where it is silent: the defaults of transformers' own classes.
@@ -24,13 +25,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
         "head_dim": 128,
     },
+    "counterpoint_hybrid": {"max_position_embeddings": 2048},
 }
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "counterpoint_hybrid": "CounterpointHybridForCausalLM",
 }
+HYBRID = "counterpoint_hybrid"  # Llama with linear attention in some layers: no class of transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,8 @@ class ModelConfig:
     """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped queries; field names are Hugging Face's.
 
     `sliding_window` w lets a query see w keys, itself included; None is full causal attention. `layer_types`
-    names each layer "sliding_attention" or "full_attention"; empty means that all layers are alike.
+    names each layer "sliding_attention", "full_attention" or "linear_attention"; empty means that all layers
+    are alike. `linear` says how linear attention layers are made, which model_type counterpoint_hybrid has.
     `attention_bias` is the bias of the q, k and v projections, `output_bias` that of o. Raises ValueError
     on impossible values.
     """
@@ -73,6 +78,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     initializer_range: float = 0.02
+    linear: LinearLayers | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -117,13 +123,15 @@ class ModelConfig:
             raise ValueError(f"{', '.join(missing)} missing; a config.json of type {family} must give it")
         sizes = {key: _integer(key, given[key]) for key in needed}
         heads = sizes["num_attention_heads"]
+        head_dim = _integer("head_dim", _or(given.get("head_dim"), sizes["hidden_size"] // max(heads, 1)))
+        family, linear = _linear(family, given, heads, head_dim)
         theta, scaling = _rope(given)
         window, layer_types = _windows(family, given, sizes["num_hidden_layers"])
         bias = bool(given.get("attention_bias", False))
         return cls(
             **sizes,
             num_key_value_heads=_integer("num_key_value_heads", _or(given.get("num_key_value_heads"), heads)),
-            head_dim=_integer("head_dim", _or(given.get("head_dim"), sizes["hidden_size"] // max(heads, 1))),
+            head_dim=head_dim,
             model_type=family,
             max_position_embeddings=_integer("max_position_embeddings", given["max_position_embeddings"]),
             rope_theta=theta,
@@ -133,10 +141,11 @@ class ModelConfig:
             sliding_window=window,
             layer_types=layer_types,
             attention_bias=family == "qwen2" or (bias and family != "mistral"),
-            output_bias=bias and family in ("llama", "qwen3"),
-            mlp_bias=family == "llama" and bool(given.get("mlp_bias", False)),
+            output_bias=bias and family in ("llama", "qwen3", HYBRID),
+            mlp_bias=family in ("llama", HYBRID) and bool(given.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
             initializer_range=float(given.get("initializer_range", 0.02)),
+            linear=linear,
         )
 
     @classmethod
@@ -182,10 +191,13 @@ class ModelConfig:
                 "high_freq_factor": s.high_freq_factor,
                 "original_max_position_embeddings": s.original_max_position_embeddings,
             }
-        if self.model_type in ("llama", "qwen3"):
+        if self.model_type in ("llama", "qwen3", HYBRID):
             data["attention_bias"] = self.attention_bias
-        if self.model_type == "llama":
+        if self.model_type in ("llama", HYBRID):
             data["mlp_bias"] = self.mlp_bias
+        if self.linear is not None:
+            data |= {"layer_types": list(self.layer_types), "sliding_window": self.sliding_window}
+            data |= self.linear.to_dict()
         if self.model_type == "mistral":
             data["sliding_window"] = self.sliding_window
         if self.model_type in ("qwen2", "qwen3"):
@@ -202,35 +214,44 @@ class ModelConfig:
 
     def window(self, layer: int) -> int | None:
         """Keys a query of this layer sees, itself included; None when it sees all before it."""
-        if self.layer_types and self.layer_types[layer] == "full_attention":
+        if self.layer_types and self.layer_types[layer] != "sliding_attention":
             return None
         return self.sliding_window
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether this layer attends linearly, through a state, instead of by softmax."""
+        return bool(self.layer_types) and self.layer_types[layer] == "linear_attention"
 
     def parameters(self) -> int:
         """Number of trained parameters; a tied head counts once."""
         h, f, d = self.hidden_size, self.intermediate_size, self.head_dim
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
-        layer = 2 * h * q + 2 * h * kv + 3 * h * f + 2 * h
-        layer += self.attention_bias * (q + 2 * kv) + self.output_bias * h
-        layer += self.mlp_bias * (2 * f + h) + self.qk_norm * 2 * d
-        embeddings = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + embeddings + h
+        softmax = 2 * h * q + 2 * h * kv + self.attention_bias * (q + 2 * kv) + self.output_bias * h
+        softmax += self.qk_norm * 2 * d
+        rest = 3 * h * f + 2 * h + self.mlp_bias * (2 * f + h)
+        linear = sum(map(self.is_linear, self.layers))
+        layers = self.num_hidden_layers * rest + (self.num_hidden_layers - linear) * softmax
+        layers += linear * self.linear.parameters(h) if self.linear is not None else 0
+        return layers + self.vocab_size * h * (1 if self.tie_word_embeddings else 2) + h
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations to train on one token of a causal sequence (forward and backward).
 
         6 N + 12 L H D k: N are the parameters that multiply every token (the head counts, tied or not; the
         input embedding is a look-up and does not), k the mean number of keys a query sees, (S + 1) / 2 under
-        the causal mask and less with a sliding window. Source: PaLM (arXiv 2204.02311), appendix B, with the
-        causal mask taken into account.
+        the causal mask and less with a sliding window. A linear layer adds 12 H D E: its state is written and read.
+        Source: PaLM (arXiv 2204.02311), appendix B, with the causal mask taken into account.
         """
         if sequence_length < 1:
             raise ValueError(f"sequence_length {sequence_length} must be at least 1")
         h = self.hidden_size
         matmul = self.parameters() - (0 if self.tie_word_embeddings else self.vocab_size * h)
         width = self.num_attention_heads * self.head_dim
-        keys = sum(_mean_keys(sequence_length, self.window(layer)) for layer in self.layers)
-        return 6.0 * matmul + 12.0 * width * keys
+        softmax = [layer for layer in self.layers if not self.is_linear(layer)]
+        keys = sum(_mean_keys(sequence_length, self.window(layer)) for layer in softmax)
+        states, s = len(self.layers) - len(softmax), self.linear
+        state = s.num_heads * s.key_head_dim * s.value_head_dim if s is not None else 0
+        return 6.0 * matmul + 12.0 * width * keys + 12.0 * states * state
 
 
 def _mean_keys(length: int, window: int | None) -> float:
@@ -269,8 +290,31 @@ def _rope(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     return theta, RopeScaling(factor, low, high, original)
 
 
+def _linear(
+    family: str, given: Mapping[str, Any], heads: int, head_dim: int
+) -> tuple[str, LinearLayers | None]:
+    """The family once its layers are known, and how its linear layers are made."""
+    kinds = given.get("layer_types") or ()
+    if "linear_attention" in kinds:
+        if family not in ("llama", HYBRID):
+            raise ValueError(
+                f"layers of type linear_attention go with model_type {HYBRID} or llama, not {family}"
+            )
+        return HYBRID, LinearLayers.from_dict(given, heads, head_dim)
+    if family == HYBRID:
+        raise ValueError(f"model_type {HYBRID} needs layers of type linear_attention in layer_types")
+    strays = [key for key in LINEAR_KEYS if key in given]
+    if strays and family == "llama":
+        raise ValueError(
+            f"{strays[0]} is given, but no layer is linear; name linear_attention layers in layer_types"
+        )
+    return family, None
+
+
 def _windows(family: str, given: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[str, ...]]:
     window = given.get("sliding_window")
+    if family == HYBRID:
+        return None if window is None else _integer("sliding_window", window), tuple(given["layer_types"])
     if family == "llama" or window is None:
         return None, ()
     window = _integer("sliding_window", window)
@@ -320,11 +364,20 @@ def _check(c: ModelConfig) -> None:
         raise ValueError(
             f"layer_types names {len(c.layer_types)} layers, num_hidden_layers is {c.num_hidden_layers}"
         )
-    unknown = set(c.layer_types) - {"full_attention", "sliding_attention"}
+    unknown = set(c.layer_types) - {"full_attention", "sliding_attention", "linear_attention"}
     if unknown:
         raise ValueError(
-            f"layer_types {sorted(unknown)} not supported; use full_attention or sliding_attention"
+            f"layer_types {sorted(unknown)} not supported; use full_attention, sliding_attention or linear_attention"
         )
+    if (c.linear is None) == ("linear_attention" in c.layer_types) or (c.linear is None) == (
+        c.model_type == HYBRID
+    ):
+        raise ValueError(
+            f"linear_attention layers, model_type {HYBRID} and the shape of linear layers go together; "
+            "read such a model from a config.json or with ModelConfig.from_dict"
+        )
+    if c.linear is not None and "sliding_attention" in c.layer_types and c.sliding_window is None:
+        raise ValueError("layer_types names sliding_attention, but sliding_window is not given")
     s = c.rope_scaling
     if s is not None and not (s.factor > 0 and 0 < s.low_freq_factor < s.high_freq_factor):
         raise ValueError(f"rope scaling {s} needs factor > 0 and 0 < low_freq_factor < high_freq_factor")

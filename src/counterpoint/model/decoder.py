@@ -8,7 +8,7 @@ a function, so that nothing here knows whether the sequence lives in one process
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from counterpoint.model.config import ModelConfig
+from counterpoint.model.linear import LinearAttention, Mix
 from counterpoint.model.loss import token_loss
 
 # q (B, H, S, D), k (B, G, S, D), v (B, G, S, D) -> out (B, H, S, D)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # layer, x (B, S, E), cos, sin (1 or B, 1, S, D), attend -> x: runs a layer, and decides what it keeps
-RunLayer = Callable[["Layer", Tensor, Tensor, Tensor, Attend], Tensor]
+RunLayer = Callable[["Layer", Tensor, Tensor, Tensor, Any], Tensor]
 # hidden states (B, S, E), head -> whatever is wanted of them
 UseHidden = Callable[[Tensor, nn.Linear], Any]
+# brings hidden states (B, S, E) to the layout of the layer that comes next
+Move = Callable[[Tensor], Tensor]
 
 
 class Linear(nn.Linear):
@@ -88,15 +91,17 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn: Any = (
+            LinearAttention(config, Linear) if config.is_linear(index) else Attention(config)
+        )
         self.mlp = FeedForward(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, run: RunLayer | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | Mix, run: RunLayer | None = None
     ) -> Tensor:
         # through the module's own call, so that what wraps modules (FSDP) sees one forward per layer
         return self.compute(x, cos, sin, attend) if run is None else run(self, x, cos, sin, attend)
@@ -106,11 +111,12 @@ class Layer(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        attend: Attend,
+        attend: Attend | Mix,
         mlp: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The layer as it is written, with another way to run its feed-forward if given."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        given = (attend,) if isinstance(self.self_attn, LinearAttention) else (cos, sin, attend)
+        x = x + self.self_attn(self.input_layernorm(x), *given)
         return self.feed_forward(x, mlp)
 
     def feed_forward(self, x: Tensor, mlp: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -124,15 +130,16 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in config.layers)
+        self.layers = nn.ModuleList(Layer(config, i) for i in config.layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
         tokens: Tensor,
         position_ids: Tensor,
-        attend: Attend | Sequence[Attend],
+        attend: Attend | Sequence[Attend | Mix],
         run: Sequence[RunLayer | None] | None = None,
+        moves: Mapping[int, Move] | None = None,
     ) -> Tensor:
         per_layer = [attend] * len(self.layers) if callable(attend) else attend
         if len(per_layer) != len(self.layers):
@@ -143,7 +150,9 @@ class Trunk(nn.Module):
         cos, sin = rotary_angles(self.config, position_ids)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         runs = [None] * len(self.layers) if run is None else run
-        for layer, attend_here, run_here in zip(self.layers, per_layer, runs, strict=True):
+        for i, (layer, attend_here, run_here) in enumerate(zip(self.layers, per_layer, runs, strict=True)):
+            if moves is not None and i in moves:
+                x = moves[i](x)
             x = layer(x, cos, sin, attend_here, run_here)
         return self.norm(x)
 
@@ -164,21 +173,24 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         position_ids: Tensor,
-        attend: Attend | Sequence[Attend],
+        attend: Attend | Sequence[Attend | Mix],
         labels: Tensor | None = None,
         *,
         run: Sequence[RunLayer | None] | None = None,
         use: UseHidden | None = None,
+        moves: Mapping[int, Move] | None = None,
     ) -> Any:
         """Logits (B, S, V); with labels the sum of the token losses and the number of tokens that counted.
 
         tokens (B, S) int64; position_ids (S,) or (B, S), positions inside each document; attend: one function
-        for all layers or a sequence with one per layer (for windows that differ, or a cache); labels (B, S),
-        already shifted, -100 where no loss is wanted (see `token_loss`); run: how each layer is run, and with it
-        what is kept for the backward pass (see counterpoint.runtime.memory), None as written; use: what is made
-        of the hidden states and the head instead of logits, and returned.
+        for all layers or a sequence with one per layer (for windows that differ, a cache, or linear layers, which
+        need a `Mix`); labels (B, S), already shifted, -100 where no loss is wanted (see `token_loss`); run: how each
+        layer is run, and with it what is kept for the backward pass (see counterpoint.runtime.memory), None as
+        written; use: what is made of the hidden states and the head instead of logits, and returned. moves: by
+        layer, what is done to hidden states before it, where layers keep tokens in different layouts; tokens then
+        come in the layout of the first layer, position_ids in that of softmax layers, labels in that of the last.
         """
-        hidden = self.model(tokens, position_ids, attend, run)
+        hidden = self.model(tokens, position_ids, attend, run, moves)
         if use is not None:
             return use(hidden, self.lm_head)
         if labels is None:
@@ -202,6 +214,8 @@ class Decoder(nn.Module):
                 parameter.zero_()
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
+            elif name.endswith("conv_weight"):
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.5, generator=generator))
             else:
                 scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else deviation
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))

@@ -30,6 +30,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_theta": 100000.0,
         "tie_word_embeddings": True,
     },
+    # the same with linear attention in three layers of four
+    "demo-hybrid": {
+        "model_type": "counterpoint_hybrid",
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        "linear_decay": "scalar",
+        "linear_conv_kernel_dim": 4,
+    },
     # about 12 million
     "small": {
         "model_type": "llama",

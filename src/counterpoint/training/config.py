@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from counterpoint.strategies.memory.policy import MemoryPolicy, parse_layers
 from counterpoint.strategies.sequence.attention import parse_choices
+from counterpoint.strategies.sequence.linear import parse_linear
 from counterpoint.training.config_errors import explain, yaml_text
 
 Layout = Literal["contiguous", "zigzag", "striped", "document-zigzag"]
@@ -30,6 +31,10 @@ def _strategies(value: Any) -> Any:
     if value is None or not isinstance(value, str | list | tuple):
         return value
     return tuple(str(choice) for choice in parse_choices(value))
+
+
+def _linear_strategy(value: Any) -> Any:
+    return str(parse_linear(value)) if isinstance(value, str) else value
 
 
 class Section(BaseModel):
@@ -61,13 +66,19 @@ class ParallelConfig(Section):
         max_length=2,
         description="processes that share a sequence; [outer, inner] for two axes",
     )
-    layout: Layout = Field("zigzag", description="which tokens lie on which process")
+    layout: Layout = Field(
+        "zigzag", description="which tokens lie on which process; linear attention layers: always contiguous"
+    )
     forward: Annotated[tuple[str, ...], BeforeValidator(_strategies)] = Field(
         ("tokenring",),
         description="attention strategy, one per sequence axis, with options: tokenring(packets=4)",
     )
     backward: Annotated[tuple[str, ...] | None, BeforeValidator(_strategies)] = Field(
         None, description="strategy of the backward pass; null: as forward"
+    )
+    linear: Annotated[str, BeforeValidator(_linear_strategy)] = Field(
+        "states",
+        description="strategy of linear attention layers: states (LASP-2) or states_chain (LASP-1)",
     )
     timeout: float = Field(120.0, gt=0, description="seconds after which a silent peer counts as lost")
 

@@ -34,6 +34,9 @@ def export(
 ) -> Path:
     """Write the directory that transformers' AutoModelForCausalLM and AutoTokenizer load; returns its path.
 
+    A model with linear attention layers is written the same way, but only `load_pretrained` reads it: transformers has
+    no class for it and says so (its model_type is counterpoint_hybrid).
+
     model: a decoder, or its state dict with whole tensors; dtype: of the weights in the file (as they are
     when None). An earlier export at the same place is replaced, and stays whole until the new one is. Raises
     ValueError when something else lies there or when the weights are not those of the config.

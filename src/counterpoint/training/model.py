@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from counterpoint.model.config import ModelConfig
+from counterpoint.model.config import HYBRID, ModelConfig
+from counterpoint.model.linear_config import LINEAR_KEYS
 from counterpoint.model.presets import PRESETS
 from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, parse_choices
 from counterpoint.strategies.sequence.blocks import AttentionShape
 from counterpoint.strategies.sequence.layout import SequenceLayout
+from counterpoint.strategies.sequence.linear import LinearProblem, parse_linear
+from counterpoint.strategies.sequence.linear_builder import LinearShape
 from counterpoint.training.config import TrainConfig
 from counterpoint.training.config_errors import nearest
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", HYBRID)
 
 
 def model_config(model: str | Mapping[str, Any], vocabulary: int | None = None) -> ModelConfig:
@@ -65,6 +68,10 @@ def check_attention(config: TrainConfig, shape: ModelConfig) -> None:
         )
     if parallel.sequence_size == 1:
         return
+    if any(shape.is_linear(layer) for layer in shape.layers):
+        _check_linear(config, shape)
+    if all(shape.is_linear(layer) for layer in shape.layers):
+        return
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
     forward, backward = map(parse_choices, parallel.strategies)
     problem = AttentionProblem(
@@ -89,6 +96,27 @@ def check_memory(config: TrainConfig, shape: ModelConfig, device: str | None = N
             "memory.layers = offload needs a GPU: on a CPU host memory is the device's own, there is nowhere to "
             "move activations to; use recompute or stream"
         )
+    streamed = [i for i in shape.layers if shape.is_linear(i) and layers[i].kind == "stream"]
+    if streamed:
+        raise ValueError(
+            f"memory.layers = stream works on softmax layers, but layer {streamed[0]} attends linearly; "
+            "use recompute there"
+        )
+
+
+def _check_linear(config: TrainConfig, shape: ModelConfig) -> None:
+    parallel, linear = config.parallel, shape.linear
+    assert linear is not None
+    strategy = parse_linear(parallel.linear)
+    try:
+        LinearProblem(
+            LinearShape(1, linear.num_heads, linear.key_head_dim, linear.value_head_dim),
+            SequenceLayout("contiguous", config.data.sequence_length, parallel.sequence_size),
+            strategy,
+            strategy,
+        ).schedule("backward", 0)
+    except ValueError as error:
+        raise ValueError(f"parallel.linear: {error}") from None
 
 
 def _fields(model: Mapping[str, Any], vocabulary: int | None) -> dict[str, Any]:
@@ -114,5 +142,13 @@ def _fields(model: Mapping[str, Any], vocabulary: int | None) -> dict[str, Any]:
 def _known(family: str) -> list[str]:
     if family not in _FAMILIES:
         raise ValueError(f"model.model_type = {family}: allowed are {', '.join(_FAMILIES)}")
-    shape = ModelConfig.from_dict({**PRESETS["tiny"], "model_type": family})
-    return [*shape.to_dict(), "rope_parameters", "layer_types"]
+    linear = LINEAR_KEYS if family in ("llama", HYBRID) else ()
+    like = "llama" if family == HYBRID else family
+    shape = ModelConfig.from_dict({**PRESETS["tiny"], "model_type": like})
+    return [
+        *shape.to_dict(),
+        "rope_parameters",
+        "layer_types",
+        *linear,
+        *(["sliding_window"] if family == HYBRID else []),
+    ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from counterpoint.kernels.mask import AttentionMask
 from counterpoint.model.decoder import Decoder
 from counterpoint.model.loss import IGNORE, token_loss
-from counterpoint.runtime.attention import attention
 from counterpoint.runtime.memory.layers import layer_runs
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.strategies.sequence.layout import SequenceLayout
 from counterpoint.training.config import TrainConfig
 from counterpoint.training.data import PackedStream
 from counterpoint.training.mesh import Processes
+from counterpoint.training.mixing import mixing
 from counterpoint.training.optimizer import clip_gradients
 from counterpoint.training.packing import Batch
 
@@ -87,26 +86,18 @@ def token_losses(
     layout = SequenceLayout(
         parallel.layout, batch.tokens.shape[1], processes.sequence_size, tuple(batch.documents)
     )
-    forward, backward = parallel.strategies
-    attend = partial(
-        attention,
-        mesh=processes.sequence,
-        layout=layout,
-        forward=forward,
-        backward=backward,
-        timeline=timeline,
-        timeout=parallel.timeout,
-    )
+    mixed = mixing(shape, parallel, layout, processes.sequence, timeline)
     masks = [AttentionMask(window=shape.window(layer), documents=layout.documents) for layer in shape.layers]
     memory = config.memory.policy
-    labels = layout.shard(batch.labels, rank).to(device)
+    labels = mixed.layouts[-1].shard(batch.labels, rank).to(device)
     with _precision(config, processes):
         return model(
-            layout.shard(batch.tokens, rank).to(device),
-            layout.position_ids(rank).to(device),
-            [partial(attend, window=shape.window(layer)) for layer in shape.layers],
+            mixed.layouts[0].shard(batch.tokens, rank).to(device),
+            mixed.positions.position_ids(rank).to(device),
+            mixed.attends,
             run=layer_runs(memory, len(shape.layers), masks if processes.sequence_size == 1 else None),
             use=lambda hidden, head: token_loss(hidden, head.weight, labels, memory.head_tokens)[0],
+            moves=mixed.moves,
         )
 
 

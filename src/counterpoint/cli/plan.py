@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from counterpoint.cli.plan_memory import memory
+
 plan = typer.Typer(no_args_is_help=True, help="Choose a strategy by simulating all of them.")
 
 
@@ -20,6 +22,9 @@ class Phase(StrEnum):
 @plan.callback()
 def _plan() -> None:
     pass
+
+
+plan.command()(memory)
 
 
 @plan.command()

@@ -9,10 +9,7 @@ from typing import Annotated
 
 import typer
 
-from counterpoint.cli.plan_batch import batch
-from counterpoint.cli.plan_memory import memory
-
-plan = typer.Typer(no_args_is_help=True, help="Choose a strategy, or a plan of a batch, by simulation.")
+plan = typer.Typer(no_args_is_help=True, help="Choose a strategy by simulating all of them.")
 
 
 class Phase(StrEnum):
@@ -23,9 +20,6 @@ class Phase(StrEnum):
 @plan.callback()
 def _plan() -> None:
     pass
-
-
-plan.command()(memory)
 
 
 @plan.command()
@@ -85,9 +79,6 @@ def attention(
         )
         return
     _print(question, result, top)
-
-
-plan.command()(batch)
 
 
 def _write_page(question, answer, page: Path) -> None:

@@ -131,6 +131,18 @@ class MemoryConfig(Section):
         return MemoryPolicy(parse_layers(self.layers), self.mlp_tiles, self.head_tokens)
 
 
+class LossConfig(Section):
+    objective: Literal["pretrain", "sft", "dpo", "grpo"] = Field(
+        "pretrain", description="what is trained on: all text, completions, preferences or rewarded groups"
+    )
+    beta: float = Field(0.1, gt=0, description="dpo: how strongly the policy is held to the reference")
+    clip: float = Field(0.2, gt=0, lt=1, description="grpo: how far a probability ratio counts, 1 +- clip")
+    kl: float = Field(0.04, ge=0, description="grpo: weight of the divergence from the reference; 0: none")
+    reference: str | None = Field(
+        None, min_length=1, description="dpo, grpo: directory of the frozen model; null: where training began"
+    )
+
+
 class OptimizerConfig(Section):
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     min_lr: float = Field(1e-4, ge=0, description="learning rate at the last step")
@@ -166,6 +178,11 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on CPU, bfloat16 mixed precision on CUDA"
     )
+    start: str | None = Field(
+        None,
+        min_length=1,
+        description="a run or Hugging Face directory whose weights to start from; null: random",
+    )
     log_every: int = Field(1, ge=1, description="steps between two lines of progress")
     evaluate_every: int = Field(50, ge=0, description="steps between two validation losses; 0: none")
     evaluate_batches: int = Field(4, ge=1, description="global batches of held-out text per validation")
@@ -200,6 +217,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
     training: TrainingConfig = TrainingConfig()  # type: ignore[call-arg]
     memory: MemoryConfig = MemoryConfig()  # type: ignore[call-arg]
+    loss: LossConfig = LossConfig()  # type: ignore[call-arg]
     checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
     metrics: MetricsConfig = MetricsConfig()  # type: ignore[call-arg]
 

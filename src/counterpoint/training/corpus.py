@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -45,6 +45,12 @@ class Corpus:
     def text(self, i: int) -> str:
         """The whole text of document i."""
         return "".join(self.pieces(i))
+
+    def row(self, i: int) -> dict[str, Any]:
+        """The JSON object of document i of a corpus of `open_rows`."""
+        source, j = self._locate(i)
+        assert isinstance(source, JsonLines)
+        return source.row(j)
 
     def name(self, i: int) -> str:
         """File, and line or row, of document i."""
@@ -118,6 +124,24 @@ def open_corpus(paths: Sequence[str | Path] = (), field: str = "text") -> Corpus
         raise ValueError(
             f"no text in {', '.join(map(str, paths))}; name files, or directories with {_suffixes()}"
         )
+    return Corpus(tuple(sources), np.arange(total))
+
+
+def open_rows(paths: Sequence[str | Path]) -> Corpus:
+    """All lines of the given jsonl files, directories and globs, as JSON objects; see `Corpus.row`.
+
+    Raises ValueError when no path is given, one does not exist, is empty, or is not a jsonl file.
+    """
+    if not paths:
+        raise ValueError("data.paths is empty; name jsonl files in the format of loss.objective")
+    sources = []
+    for file in dict.fromkeys(itertools.chain.from_iterable(map(_files, paths))):
+        if file.suffix.lower() not in _JSON:
+            raise ValueError(f"{file}: not a jsonl file; examples are one JSON object per line (.jsonl)")
+        sources.append(JsonLines(file, None))
+    total = sum(len(source) for source in sources)
+    if total < 2:
+        raise ValueError(f"{', '.join(map(str, paths))}: {total} examples; give two, one of them is held out")
     return Corpus(tuple(sources), np.arange(total))
 
 

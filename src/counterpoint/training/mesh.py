@@ -57,6 +57,14 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
+    def sum_of_replica(self, value: float) -> float:
+        """The sum over the processes that share a sequence; called by all processes of the run."""
+        if self.sequence_size == 1:
+            return value
+        return self.sum(*(value if d == self.data_rank else 0.0 for d in range(self.data_size)))[
+            self.data_rank
+        ]
+
     def largest(self, value: float) -> float:
         """The largest value of all processes."""
         if self.world_size == 1:

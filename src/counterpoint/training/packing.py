@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,12 +25,27 @@ class Batch:
 
     tokens (1, S) int64; labels (1, S) int64, the next token of the same document and -100 at its end, so
     already shifted; documents: lengths of the documents in order, which sum to S, the first and last of them
-    possibly parts of longer ones. Positions start at 0 in each part.
+    possibly parts of longer ones. Positions start at 0 in each part. values: what a loss needs beside the
+    labels, (1, S) float32 by name.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     documents: tuple[int, ...]
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def padded(self, length: int) -> Batch:
+        """At least `length` tokens: what is missing is a document of its own, without labels."""
+        missing = length - self.tokens.shape[1]
+        if missing <= 0:
+            return self
+
+        def longer(x: torch.Tensor, fill: float) -> torch.Tensor:
+            return torch.cat([x, x.new_full((1, missing), fill)], dim=1)
+
+        values = {name: longer(x, 0.0) for name, x in self.values.items()}
+        tokens, labels = longer(self.tokens, 0), longer(self.labels, IGNORE)
+        return Batch(tokens, labels, (*self.documents, missing), values)
 
 
 def pack(segments: Sequence[Segment], document_masking: bool = True) -> Batch:

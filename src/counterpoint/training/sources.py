@@ -95,9 +95,9 @@ class TextFiles:
 
 
 class JsonLines:
-    """A file with one JSON object per line, each one document: the text in `field`."""
+    """A file with one JSON object per line, each one document: the text in `field`, all its texts for None."""
 
-    def __init__(self, path: Path, field: str) -> None:
+    def __init__(self, path: Path, field: str | None) -> None:
         self.path, self.field = path, field
         self.starts = array("Q")
         position = 0
@@ -106,11 +106,25 @@ class JsonLines:
                 if not line.isspace():
                     self.starts.append(position)
                 position += len(line)
-        if len(self):
+        if len(self) and field is not None:
             self._text(0)  # a wrong field shows now, not in the middle of a run
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def row(self, i: int) -> dict[str, Any]:
+        """The object of document i; ValueError naming file and line when there is none."""
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[i])
+            line = file.readline()
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{self.name(i)}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            wanted = "" if self.field is None else f" with {self.field!r}"
+            raise ValueError(f"{self.name(i)}: holds a {type(row).__name__}, expected an object{wanted}")
+        return row
 
     def name(self, i: int) -> str:
         with open(self.path, "rb") as file:
@@ -129,22 +143,27 @@ class JsonLines:
         yield from text_pieces(self._text(i))
 
     def _text(self, i: int) -> str:
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
-            line = file.readline()
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{self.name(i)}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{self.name(i)}: holds a {type(row).__name__}, expected an object with {self.field!r}"
-            )
+        row = self.row(i)
+        if self.field is None:
+            return "\n".join(map(plain_text, _texts(row)))
         if not isinstance(row.get(self.field), str):
             keys = ", ".join(key for key, value in row.items() if isinstance(value, str)) or "none"
             raise ValueError(f"{self.name(i)}: no text in field {self.field!r}; fields with text are: {keys}")
-        # JSON can spell half of a surrogate pair, which is no text and no tokenizer takes
-        return row[self.field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return plain_text(row[self.field])
+
+
+def plain_text(text: str) -> str:
+    """Text of a JSON file that any tokenizer takes: JSON can spell half of a surrogate pair."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts inside a JSON value, in order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 class Parquet:

@@ -2,14 +2,15 @@
 
 Every rank sees the same stream of packed sequences. Of a global batch, replica d of D takes sequences
 d, d + D, ...; the processes of a replica share each sequence token by token, as the layout says. The loss is
-the mean over all tokens of the global batch, so it does not depend on how the work is split.
+the mean over all tokens (or pairs, or groups) of the global batch, so it does not depend on how the work is split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,91 +18,124 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from counterpoint.kernels.mask import AttentionMask
-from counterpoint.model.decoder import Decoder
-from counterpoint.model.loss import IGNORE, token_loss
+from counterpoint.model.config import ModelConfig
+from counterpoint.model.decoder import Decoder, UseHidden
+from counterpoint.model.loss import IGNORE, streamed_sum, token_logprobs, token_loss
+from counterpoint.model.objectives import group_policy, preference, signed_sum
 from counterpoint.runtime.memory.layers import layer_runs
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.strategies.sequence.layout import SequenceLayout
 from counterpoint.training.config import TrainConfig
 from counterpoint.training.data import PackedStream
+from counterpoint.training.example_stream import ExampleStream
 from counterpoint.training.mesh import Processes
-from counterpoint.training.mixing import mixing
+from counterpoint.training.mixing import layer_layouts, mixing
 from counterpoint.training.optimizer import clip_gradients
 from counterpoint.training.packing import Batch
+
+Stream = PackedStream | ExampleStream
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Mean loss per token, global gradient norm before clipping, share of communication time exposed."""
+    """Mean loss per token (dpo: pair, grpo: group), global gradient norm before clipping, share of communication
+    time exposed, tokens of the global batch."""
 
     loss: float
     gradient_norm: float
     exposed: float | None
+    tokens: int
 
 
 def train_step(
     model: Decoder,
     optimizer: torch.optim.Optimizer,
-    stream: PackedStream,
+    stream: Stream,
     config: TrainConfig,
     processes: Processes,
     timeline: Timeline | None = None,
+    reference: Decoder | None = None,
 ) -> StepResult:
     """One optimizer step over a global batch; spans of its attention are added to `timeline`."""
     batches = list(own_sequences(stream, config.training.global_batch, processes))
-    (count,) = processes.sum(_own_tokens(batches, processes))
+    tokens = sum(b.tokens.shape[1] for b in batches) if processes.sequence_rank == 0 else 0
+    count, tokens = processes.sum(units(batches, config, processes), tokens)
     losses = 0.0
     for i, batch in enumerate(batches):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(i == len(batches) - 1)
-        loss = token_losses(model, batch, config, processes, timeline)
-        # FSDP averages gradients over all processes; what is wanted is their sum over the token count
+        loss = sequence_loss(model, batch, config, processes, reference, timeline)
+        # FSDP averages gradients over all processes; what is wanted is their sum over the count
         (loss * (processes.world_size / max(count, 1))).backward()
         losses += float(loss.detach())
     norm = clip_gradients(model, config.optimizer.clip)
     optimizer.step()
     optimizer.zero_grad()
     total, exposed, traffic = processes.sum(losses, *_communication(timeline))
-    return StepResult(total / max(count, 1), norm, exposed / traffic if traffic else None)
+    return StepResult(total / max(count, 1), norm, exposed / traffic if traffic else None, int(tokens))
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, stream: PackedStream, config: TrainConfig, processes: Processes) -> float:
-    """Mean loss per token on the next `evaluate_batches` global batches of a stream."""
+def evaluate(
+    model: Decoder,
+    stream: Stream,
+    config: TrainConfig,
+    processes: Processes,
+    reference: Decoder | None = None,
+) -> float:
+    """Mean loss on the next `evaluate_batches` global batches of a stream."""
     n = config.training.evaluate_batches * config.training.global_batch
     losses, count = 0.0, 0
     for batch in own_sequences(stream, n, processes):
-        losses += float(token_losses(model, batch, config, processes))
-        count += _own_tokens([batch], processes)
+        losses += float(sequence_loss(model, batch, config, processes, reference))
+        count += units([batch], config, processes)
     losses, count = processes.sum(losses, count)
     return losses / max(count, 1)
 
 
-def token_losses(
-    model: Decoder, batch: Batch, config: TrainConfig, processes: Processes, timeline: Timeline | None = None
+def sequence_loss(
+    model: Decoder,
+    batch: Batch,
+    config: TrainConfig,
+    processes: Processes,
+    reference: Decoder | None = None,
+    timeline: Timeline | None = None,
 ) -> Tensor:
-    """Sum of the losses of this process's tokens of a sequence."""
-    parallel, shape = config.parallel, model.config
-    rank, device = processes.sequence_rank, processes.device
-    layout = SequenceLayout(
-        parallel.layout, batch.tokens.shape[1], processes.sequence_size, tuple(batch.documents)
-    )
-    mixed = mixing(shape, parallel, layout, processes.sequence, timeline)
-    masks = [AttentionMask(window=shape.window(layer), documents=layout.documents) for layer in shape.layers]
-    memory = config.memory.policy
-    labels = mixed.layouts[-1].shard(batch.labels, rank).to(device)
-    with _precision(config, processes):
-        return model(
-            mixed.layouts[0].shard(batch.tokens, rank).to(device),
-            mixed.positions.position_ids(rank).to(device),
-            mixed.attends,
-            run=layer_runs(memory, len(shape.layers), masks if processes.sequence_size == 1 else None),
-            use=lambda hidden, head: token_loss(hidden, head.weight, labels, memory.head_tokens)[0],
-            moves=mixed.moves,
+    """This process's part of the loss of a sequence, summed over its `units`; what objective is the configuration's."""
+    objective, loss = config.loss.objective, config.loss
+    head_tokens = config.memory.head_tokens
+    batch = batch.padded(2 * processes.sequence_size)
+    forward, labels, values = _local(batch, model.config, config, processes, timeline)
+    if objective in ("pretrain", "sft"):
+        return forward(model, lambda h, head: token_loss(h, head.weight, labels, head_tokens)[0])
+    frozen = torch.zeros(labels.shape, device=labels.device)
+    if reference is not None:
+        with torch.no_grad():
+            frozen = forward(reference, lambda h, head: token_logprobs(h, head.weight, labels, head_tokens))
+    if objective == "dpo":
+        sign = values["sign"]
+        margin = forward(
+            model, lambda h, head: streamed_sum(h, head.weight, labels, signed_sum, (sign,), head_tokens)
         )
+        own = float(margin.detach()) - float(signed_sum(frozen, sign))
+        total = processes.sum_of_replica(own)
+        return preference(margin, own, total, loss.beta, processes.sequence_size)
+    old = torch.where(values["old"].isnan(), frozen, values["old"])
+    extras = (old, frozen, values["advantage"], values["weight"])
+    group = partial(group_policy, clip=loss.clip, kl=loss.kl)
+    return forward(model, lambda h, head: streamed_sum(h, head.weight, labels, group, extras, head_tokens))
 
 
-def own_sequences(stream: PackedStream, n: int, processes: Processes) -> Iterator[Batch]:
+def units(batches: list[Batch], config: TrainConfig, processes: Processes) -> int:
+    """What the loss is a mean over, as far as this process counts it: tokens, or pairs (dpo) or groups (grpo)."""
+    if processes.sequence_rank != 0:  # the others hold the same sequences
+        return 0
+    if config.loss.objective in ("dpo", "grpo"):
+        return len(batches)
+    return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+
+
+def own_sequences(stream: Stream, n: int, processes: Processes) -> Iterator[Batch]:
     """This replica's share of the next n sequences of the stream; every rank advances by all n."""
     for i in range(n):
         if i % processes.data_size == processes.data_rank:
@@ -110,14 +144,14 @@ def own_sequences(stream: PackedStream, n: int, processes: Processes) -> Iterato
             stream.skip(1)
 
 
-def shard(model: Decoder, config: TrainConfig, processes: Processes) -> Decoder:
-    """The model on its device, its state spread over all processes by FSDP2, layer by layer.
+def shard(model: Decoder, config: TrainConfig, processes: Processes, frozen: bool = False) -> Decoder:
+    """The model on its device, its state spread over all processes by FSDP2, layer by layer; frozen: never trained.
 
     Raises ValueError for bfloat16 without a GPU.
     """
     if config.training.precision == "bfloat16" and processes.device.type == "cpu":
         raise ValueError("training.precision = bfloat16 needs a GPU (CPUs are far slower at it); use auto")
-    model = model.to(processes.device)
+    model = model.to(processes.device).requires_grad_(not frozen)
     if processes.state is None:
         return model
     policy = MixedPrecisionPolicy()
@@ -125,16 +159,35 @@ def shard(model: Decoder, config: TrainConfig, processes: Processes) -> Decoder:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=processes.state, mp_policy=policy)
-    fully_shard(model, mesh=processes.state, mp_policy=policy)
+    # the trained model's head and embedding stay gathered from the forward to the backward pass
+    fully_shard(model, mesh=processes.state, mp_policy=policy, reshard_after_forward=True if frozen else None)
     return model
 
 
 # ---- helpers -----------------------------------------------------------------------------------------
-def _own_tokens(batches: list[Batch], processes: Processes) -> int:
-    # one process of a replica counts, the others hold the same sequences
-    if processes.sequence_rank != 0:
-        return 0
-    return sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+def _local(
+    batch: Batch, shape: ModelConfig, config: TrainConfig, processes: Processes, timeline: Timeline | None
+) -> tuple[Callable[[Decoder, UseHidden], Any], Tensor, dict[str, Tensor]]:
+    """A function that runs a model over this process's tokens of a sequence; their labels and values."""
+    rank, size, device = processes.sequence_rank, processes.sequence_size, processes.device
+    layout = SequenceLayout(config.parallel.layout, batch.tokens.shape[1], size, tuple(batch.documents))
+
+    def shared(x: Tensor, where: SequenceLayout) -> Tensor:
+        return where.shard(x, rank).to(device)
+
+    first, last = (layer_layouts(shape, layout)[i] for i in (0, -1))
+    tokens, labels = shared(batch.tokens, first), shared(batch.labels, last)
+    values = {name: shared(x, last) for name, x in batch.values.items()}
+
+    def run(model: Decoder, use: UseHidden) -> Any:
+        mixed = mixing(shape, config.parallel, layout, processes.sequence, timeline)
+        masks = [AttentionMask(window=shape.window(i), documents=layout.documents) for i in shape.layers]
+        runs = layer_runs(config.memory.policy, len(masks), masks if size == 1 else None)
+        positions = mixed.positions.position_ids(rank).to(device)
+        with _precision(config, processes):
+            return model(tokens, positions, mixed.attends, run=runs, use=use, moves=mixed.moves)
+
+    return run, labels, values
 
 
 def _half(config: TrainConfig, processes: Processes) -> bool:

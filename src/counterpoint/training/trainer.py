@@ -15,15 +15,17 @@ from counterpoint.model.decoder import Decoder
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.training import checkpoint
 from counterpoint.training.config import TrainConfig
-from counterpoint.training.corpus import Corpus, open_corpus
+from counterpoint.training.corpus import Corpus, open_corpus, open_rows
 from counterpoint.training.data import PackedStream
+from counterpoint.training.example_stream import ExampleStream
 from counterpoint.training.launch import StopSignal, Worker
 from counterpoint.training.mesh import Processes, open_processes
 from counterpoint.training.metrics import Metrics
 from counterpoint.training.model import check_attention, check_memory, model_config
 from counterpoint.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from counterpoint.training.progress import Reporter, warn
-from counterpoint.training.step import evaluate, shard, train_step
+from counterpoint.training.start import first_model, frozen_reference
+from counterpoint.training.step import Stream, evaluate, shard, train_step
 from counterpoint.training.tokenizer import Tokenizer, open_tokenizer
 
 
@@ -37,7 +39,7 @@ class Run:
     shape: ModelConfig
     model: Decoder
     optimizer: torch.optim.Optimizer
-    stream: PackedStream
+    stream: Stream
     step: int = 0
     tokens: int = 0
     saved: int = 0
@@ -57,13 +59,15 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
     steps, training = config.training.steps, config.training
     with StopSignal() as stop, open_processes(config.parallel, worker) as processes:
         directory = Path(config.directory)
-        corpus = open_corpus(config.data.paths, config.data.field)
+        corpus = open_documents(config)
         tokenizer = prepare_tokenizer(config, corpus, directory / "tokenizer", processes)
+        processes.first(lambda: check_examples(config, corpus, tokenizer))
         shape = model_config(config.model, tokenizer.vocab_size)
         check_attention(config, shape)
         check_memory(config, shape, processes.device.type)
         stream, held_out = (partial(open_stream, config, corpus.split(s), tokenizer) for s in _SPLITS)
-        model = shard(Decoder(shape, training.seed), config, processes)
+        reference = frozen_reference(config, shape, processes)
+        model = shard(first_model(config, shape), config, processes)
         optimizer = make_optimizer(model, config.optimizer)
         run = Run(config, processes, directory, shape, model, optimizer, stream())
         resume(run)
@@ -78,9 +82,9 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
                 timeline = wanted_timeline(config, run.step + 1)
                 lr = learning_rate(run.step, steps, config.optimizer)
                 set_learning_rate(optimizer, lr)
-                result = train_step(model, optimizer, run.stream, config, processes, timeline)
+                result = train_step(model, optimizer, run.stream, config, processes, timeline, reference)
                 run.step += 1
-                run.tokens += training.global_batch * config.data.sequence_length
+                run.tokens += result.tokens
                 seconds += time.perf_counter() - began
 
                 check_loss(result.loss, run)
@@ -92,7 +96,8 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
                 if timeline is not None and run.step in config.metrics.timeline_steps:
                     write_timeline(timeline, run)
                 if is_due(run.step, training.evaluate_every, steps):
-                    reporter.log_validation(run.step, evaluate(model, held_out(), config, processes))
+                    loss = evaluate(model, held_out(), config, processes, reference)
+                    reporter.log_validation(run.step, loss)
                 if is_due(run.step, config.checkpoint.every, steps):
                     save(run)
             if run.step > run.saved:
@@ -115,9 +120,25 @@ def prepare_tokenizer(config: TrainConfig, corpus: Corpus, folder: Path, process
     return open_it()
 
 
-def open_stream(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> PackedStream:
-    """Packed sequences of a corpus, from its beginning."""
-    data, seed = config.data, config.training.seed
+def open_documents(config: TrainConfig) -> Corpus:
+    """The documents, or examples, that a configuration trains on."""
+    if config.loss.objective == "pretrain":
+        return open_corpus(config.data.paths, config.data.field)
+    return open_rows(config.data.paths)
+
+
+def check_examples(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """ValueError naming file and line when one of the examples is none; texts are read as they come."""
+    if config.loss.objective != "pretrain":
+        data, objective = config.data, config.loss.objective
+        ExampleStream(corpus, tokenizer, objective, data.sequence_length, config.training.seed).check()
+
+
+def open_stream(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> Stream:
+    """Sequences of a corpus, from its beginning."""
+    data, seed, objective = config.data, config.training.seed, config.loss.objective
+    if objective != "pretrain":
+        return ExampleStream(corpus, tokenizer, objective, data.sequence_length, seed)
     return PackedStream(corpus, tokenizer, data.sequence_length, seed, data.document_masking)
 
 

@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from counterpoint.model.decoder import Decoder
 from counterpoint.training.config import TrainConfig
-from counterpoint.training.corpus import open_corpus
 from counterpoint.training.launch import Worker
 from counterpoint.training.mesh import Processes, open_processes
 from counterpoint.training.model import check_attention, check_memory, model_config
-from counterpoint.training.step import own_sequences, shard, token_losses
-from counterpoint.training.trainer import open_stream, prepare_tokenizer
+from counterpoint.training.start import first_model, frozen_reference
+from counterpoint.training.step import own_sequences, sequence_loss, shard, units
+from counterpoint.training.trainer import open_documents, open_stream, prepare_tokenizer
 
 TOLERANCE = 2e-5  # relative, float32
 
@@ -65,18 +65,20 @@ def verify(config: TrainConfig, worker: Worker | None = None) -> int:
     """
     with open_processes(config.parallel, worker) as processes:
         directory = Path(config.directory)
-        corpus = open_corpus(config.data.paths, config.data.field)
+        corpus = open_documents(config)
         tokenizer = prepare_tokenizer(config, corpus, directory / "tokenizer", processes)
         shape = model_config(config.model, tokenizer.vocab_size)
         check_attention(config, shape)
         check_memory(config, shape, processes.device.type)
         batch = partial(open_stream, config, corpus.split("train"), tokenizer)
-        model = Decoder(shape, config.training.seed)
         alone = Processes(0, 1, 0, 1, 0, 1, torch.device("cpu"))
-        loss, gradients = _gradients(shard(model, config, processes), batch(), config, processes)
+        reference = frozen_reference(config, shape, processes)
+        model = shard(first_model(config, shape), config, processes)
+        loss, gradients = _gradients(model, reference, batch(), config, processes)
 
         def compare() -> bool:
-            single_loss, expected = _gradients(Decoder(shape, config.training.seed), batch(), config, alone)
+            reference = frozen_reference(config, shape, alone)
+            single_loss, expected = _gradients(first_model(config, shape), reference, batch(), config, alone)
             found = [Difference("loss", loss, single_loss, abs(loss - single_loss) / abs(single_loss))]
             for name, gradient in expected.items():
                 norm = float(gradient.norm())
@@ -91,15 +93,14 @@ def verify(config: TrainConfig, worker: Worker | None = None) -> int:
 
 
 def _gradients(
-    model: Decoder, stream, config: TrainConfig, processes: Processes
+    model: Decoder, reference: Decoder | None, stream, config: TrainConfig, processes: Processes
 ) -> tuple[float, dict[str, Tensor]]:
-    """Mean loss per token of a global batch, and its gradients, whole on every rank."""
+    """Mean loss of a global batch, and its gradients, whole on every rank."""
     batches = list(own_sequences(stream, config.training.global_batch, processes))
-    own = sum(int((batch.labels >= 0).sum()) for batch in batches) if processes.sequence_rank == 0 else 0
-    (count,) = processes.sum(own)
+    (count,) = processes.sum(units(batches, config, processes))
     losses = 0.0
     for batch in batches:
-        loss = token_losses(model, batch, config, processes)
+        loss = sequence_loss(model, batch, config, processes, reference)
         (loss * (processes.world_size / count)).backward()
         losses += float(loss.detach())
     (total,) = processes.sum(losses)

@@ -19,7 +19,7 @@ from counterpoint.planner.batch_solvers.static import static
 from counterpoint.planner.workers import WorkerError, run_all
 from support.batches import small_cost
 
-QUICK = partial(flexsp, options=FlexspOptions(tries=2, nodes=0))
+QUICK = partial(flexsp, options=FlexspOptions(tries=2, effort=0))
 BATCHES = [[100 * i + j for j in range(1, 20)] for i in range(1, 5)]
 
 

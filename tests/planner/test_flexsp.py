@@ -18,7 +18,7 @@ from counterpoint.planner.batch_solvers.flexsp_milp import MicroBatchMilp
 from counterpoint.planner.batch_solvers.static import adaptive, static
 from support.batches import small_cost
 
-QUICK = FlexspOptions(tries=2, nodes=0)
+QUICK = FlexspOptions(tries=2, effort=0)
 
 
 def brute_force(task: Task) -> float:
@@ -84,8 +84,8 @@ def test_the_milp_only_improves_a_plan_and_gives_the_same_one_again() -> None:
     cost = small_cost(8)
     rng = np.random.default_rng(3)
     lengths = [int(x) for x in np.minimum(rng.lognormal(6, 1.5, 40) + 1, 20000)]
-    quick = flexsp(lengths, cost, FlexspOptions(tries=2, nodes=0))
-    better = [flexsp(lengths, cost, FlexspOptions(tries=2, nodes=20, milp_seconds=60)) for _ in range(2)]
+    quick = flexsp(lengths, cost, FlexspOptions(tries=2, effort=0))
+    better = [flexsp(lengths, cost, FlexspOptions(tries=2, effort=30, milp_seconds=60)) for _ in range(2)]
     check(better[0], cost, lengths)
     assert better[0].seconds <= quick.seconds
     assert better[0] == better[1]

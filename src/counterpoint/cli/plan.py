@@ -9,7 +9,10 @@ from typing import Annotated
 
 import typer
 
-plan = typer.Typer(no_args_is_help=True, help="Choose a strategy by simulating all of them.")
+from counterpoint.cli.plan_batch import batch
+from counterpoint.cli.plan_memory import memory
+
+plan = typer.Typer(no_args_is_help=True, help="Choose a strategy, or a plan of a batch, by simulation.")
 
 
 class Phase(StrEnum):
@@ -20,6 +23,9 @@ class Phase(StrEnum):
 @plan.callback()
 def _plan() -> None:
     pass
+
+
+plan.command()(memory)
 
 
 @plan.command()
@@ -79,6 +85,9 @@ def attention(
         )
         return
     _print(question, result, top)
+
+
+plan.command()(batch)
 
 
 def _write_page(question, answer, page: Path) -> None:

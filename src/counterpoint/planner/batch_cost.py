@@ -100,17 +100,23 @@ class GroupCost:
 
     def seconds(self, lengths: Sequence[int] | np.ndarray) -> tuple[float, float]:
         """(computing, exposed communication) of the group with these sequences."""
+        s = np.asarray(lengths, dtype=np.float64)
+        tokens = float(s.sum())
         compute, exposed, travelling = self.fixed
-        travelling += float(np.sum(self.travelling(lengths)))
-        exposed += float(np.sum(self.exposed(lengths)))
-        return compute + float(np.sum(self.compute(lengths))), exposed + max(0.0, travelling)
+        compute += self.rest.token * tokens
+        for kind, count, cost in self.by_kind:
+            pairs = count * float(_pairs(s, kind).sum())
+            compute += cost.compute.pair * pairs + count * cost.compute.token * tokens
+            exposed += cost.exposed.pair * pairs + count * cost.exposed.token * tokens
+            travelling += (cost.travelling.pair - cost.hiding.pair) * pairs
+            travelling += count * (cost.travelling.token - cost.hiding.token) * tokens
+        return compute, exposed + max(0.0, travelling)
 
     def _sum(self, s: np.ndarray, part: Callable[[LayerCost], Linear]) -> np.ndarray:
         total = np.zeros_like(s)
         for kind, count, cost in self.by_kind:
             linear = part(cost)
-            w = s if kind.window is None else np.minimum(s, kind.window)
-            total += count * (linear.pair * (w * (w + 1) / 2 + (s - w) * w) + linear.token * s)
+            total += count * (linear.pair * _pairs(s, kind) + linear.token * s)
         return total
 
 
@@ -133,6 +139,7 @@ class BatchCost:
     dtype: str = "bfloat16"
     tokens_per_rank: int | None = None
     _groups: dict[tuple, GroupCost] = field(default_factory=dict, repr=False)
+    _probes: dict[batch_probe.Probe, float] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.ranks <= self.cluster.world_size:
@@ -268,9 +275,12 @@ class BatchCost:
         compute = Linear(*_least_squares(rows, times))
         if size == 1:
             return LayerCost(compute)
-        passes = batch_probe.communication(self.shape, strategy, ranks, loads, self.cluster, again)
+        ends = [loads[0], loads[-1]]  # messages have no other figure than their size
+        passes = batch_probe.communication(
+            self.shape, strategy, ranks, ends, self.cluster, again, self._probes
+        )
         exposed, travelling = (
-            Linear(0.0, *_least_squares([[t * size, 1.0] for t in loads], list(found))) for found in passes
+            Linear(0.0, *_least_squares([[t * size, 1.0] for t in ends], list(found))) for found in passes
         )
         if strategy == "ulysses":
             return LayerCost(compute, exposed)
@@ -297,6 +307,12 @@ class BatchCost:
         once = simulate(schedules, self.cluster, symmetry=symmetry).seconds
         once *= (1 - 1 / self.ranks) / (1 - 1 / n)
         return 3 * self.model.num_hidden_layers * once if zero3 else 2 * once
+
+
+def _pairs(s: np.ndarray, kind: LayerKind) -> np.ndarray:
+    """`LayerKind.pairs` of many lengths."""
+    w = s if kind.window is None else np.minimum(s, kind.window)
+    return w * (w + 1) / 2 + (s - w) * w
 
 
 def _least_squares(rows: list[list[float]], values: list[float]) -> list[float]:

@@ -8,7 +8,7 @@ of few ranks that crosses the same levels tells the time of a step, and a longer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -90,46 +90,62 @@ def communication(
     places: Sequence[int],
     loads: Sequence[int],
     cluster: Cluster,
-    forwards: int = 1,
+    forwards: int,
+    known: dict[Probe, float],
 ) -> tuple[list[float], list[float]]:
     """(messages that computing never hides, messages that it may hide) of a layer, forward and backward, in seconds.
 
     One figure for each number of tokens a rank; `forwards` forward passes (2 where layers are recomputed). A ring's
-    last gradients travel home when all is computed.
+    last gradients travel home when all is computed. known: probes of short rings so far, to be shared.
     """
     if len(places) == 1:
         return [0.0 for _ in loads], [0.0 for _ in loads]
     if strategy == "ulysses":
         return [forwards * f + b for f, b in _exchanges(shape, places, loads, cluster)], [0.0 for _ in loads]
-    count, instant, slow = len(places), _with_rates(cluster, 1e30), _with_rates(cluster, 1e3)
-    rings = [places] if count <= RINGS[1] else [_crossing(cluster, places, size) for size in RINGS]
+    count, tier = len(places), cluster.tier(places)
+    rings = [min(count, n) for n in RINGS]
     bare, hideable = [], []
     for tokens in loads:
         total = last = 0.0
-        for make, times in zip(_PASSES, (forwards, 1), strict=True):
-            took = [_ring(shape, make, ring, tokens, instant)[0] for ring in rings]
-            if len(took) > 1:  # a longer ring has more steps, all alike
-                took[0] += (took[1] - took[0]) * (count - RINGS[0]) / (RINGS[1] - RINGS[0])
-            total += times * took[0]
-            seconds, computing = _ring(shape, make, rings[0], tokens, slow)
-            last += times * (seconds - computing)
+        for way, times in zip((0, 1), (forwards, 1), strict=True):
+            took = [
+                Probe(shape, way, _crossing(cluster, tier, ring), tokens, False).seconds(cluster, known)
+                for ring in rings
+            ]
+            # a longer ring has more steps, all alike
+            step = (took[1] - took[0]) / (rings[1] - rings[0]) if rings[0] < rings[1] else 0.0
+            total += times * (took[0] + step * (count - rings[0]))
+            behind = Probe(shape, way, _crossing(cluster, tier, rings[0]), tokens, True)
+            last += times * behind.seconds(cluster, known)
         bare.append(min(last, total))
         hideable.append(total - min(last, total))
     return bare, hideable
 
 
-def _ring(
-    shape: AttentionShape,
-    make: Callable[[AttentionProblem, int], Schedule],
-    places: Sequence[int],
-    tokens: int,
-    cluster: Cluster,
-) -> tuple[float, float]:
-    """(seconds of a pass, of which the busiest rank computes)."""
-    asked = problem(shape, "ring", len(places), (tokens * len(places),))
-    schedules, symmetry = fold(partial(make, asked), (len(places),))
-    timeline = simulate(schedules, cluster, placement=list(places), symmetry=symmetry)
-    return timeline.seconds, max(timeline.categories(rank)["compute"] for rank in timeline.ranks)
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A pass (0 forward, 1 backward) of a short ring on these places of a cluster, with `tokens` tokens a rank.
+
+    behind: the time of messages that are left when computing takes for ever; else that of messages when nothing is
+    computed.
+    """
+
+    shape: AttentionShape
+    way: int
+    places: tuple[int, ...]
+    tokens: int
+    behind: bool
+
+    def seconds(self, cluster: Cluster, known: dict[Probe, float]) -> float:
+        """Found by simulation once, and kept in `known`."""
+        if self not in known:
+            asked = problem(self.shape, "ring", len(self.places), (self.tokens * len(self.places),))
+            schedules, symmetry = fold(partial(_PASSES[self.way], asked), (len(self.places),))
+            where = _with_rates(cluster, 1e3 if self.behind else 1e30)
+            line = simulate(schedules, where, placement=list(self.places), symmetry=symmetry)
+            busy = max(line.categories(rank)["compute"] for rank in line.ranks) if self.behind else 0.0
+            known[self] = line.seconds - busy
+        return known[self]
 
 
 def _exchanges(
@@ -193,13 +209,11 @@ def simulated(
     return found[0], found[1]
 
 
-def _crossing(cluster: Cluster, places: Sequence[int], count: int) -> list[int]:
-    """`count` of the places that lie around a border of the outermost level that they cross."""
-    tier = cluster.tier(places)
-    step = cluster.sizes[tier - 1] if tier else 1
-    border = next(i for i in range(1, len(places)) if places[i] // step != places[i - 1] // step)
-    first = min(max(0, border - count // 2), len(places) - count)
-    return list(places[first : first + count])
+def _crossing(cluster: Cluster, tier: int, count: int) -> tuple[int, ...]:
+    """`count` neighbouring ranks around the first border of a level, half of them on either side."""
+    border = cluster.sizes[tier - 1] if tier else count // 2
+    first = max(0, border - count // 2)
+    return tuple(range(first, first + count))
 
 
 def _with_rates(cluster: Cluster, flops_per_second: float) -> Cluster:

@@ -83,15 +83,16 @@ class Milp:
         self,
         *,
         seconds: float = INFINITY,
-        nodes: int | None = None,
+        checks: int | None = None,
         gap: float = 1e-6,
         start: Sequence[float] | None = None,
         seed: int = 0,
     ) -> MilpResult:
         """Solve with HiGHS. `start` is a feasible solution to begin with.
 
-        nodes stops at the same place every time; seconds does not, and HiGHS does not look at its clock in every step
-        of presolve, so a caller that must return runs this in a process that it can end (`planner.workers`).
+        checks: after how many of HiGHS' questions whether to go on the answer is no: the same place every time.
+        seconds is not, and HiGHS does not look at its clock in every step of presolve, so a caller that must return
+        runs this in a process that it can end (`planner.workers`).
         """
         import highspy
 
@@ -100,10 +101,8 @@ class Milp:
             ("time_limit", seconds),
             ("mip_rel_gap", gap),
             ("random_seed", seed),
-            ("mip_max_nodes", nodes),
         ):
-            if value is not None:
-                h.setOptionValue(option, value)
+            h.setOptionValue(option, value)
         if start is not None:
             solution = highspy.HighsSolution()
             solution.col_value = list(start)
@@ -116,6 +115,15 @@ class Milp:
             if not seen or (found.incumbent, found.bound) != (seen[-1].incumbent, seen[-1].bound):
                 seen.append(found)
 
+        asked = 0
+
+        def go_on(event: Any) -> None:
+            nonlocal asked
+            asked += 1
+            if checks is not None and asked > checks:
+                event.data_in.user_interrupt = True
+
+        h.cbMipInterrupt += go_on
         h.cbMipImprovingSolution += note
         h.cbMipLogging += note
         h.run()

@@ -16,6 +16,7 @@ from counterpoint.planner.batch import Group, MicroBatch
 from counterpoint.planner.batch_cost import BatchCost
 from counterpoint.planner.batch_solvers.static import degrees
 
+STARTS = 3  # compositions from which the search sets out
 Composition = tuple[int, ...]  # sizes of the groups, largest first
 
 
@@ -103,13 +104,15 @@ def search(task: Task, most_steps: int = 64) -> Assignment | None:
     starts: list[Composition] = [(d,) * (n // d) for d in possible]
     for d in (d for d in possible if d < smallest):  # the longest sequence alone, small groups around it
         starts.append((smallest,) + (d,) * ((n - smallest) // d))
-    current = min(starts, key=at)
-    for _ in range(most_steps):
-        best = min(_neighbours(current, n), key=at, default=current)
-        if at(best) >= at(current) - 1e-12:
-            break
-        current = best
-    return seen[current]
+    ends = []
+    for current in sorted(set(starts), key=at)[:STARTS]:
+        for _ in range(most_steps):
+            best = min(_neighbours(current, n), key=at, default=current)
+            if at(best) >= at(current) - 1e-12:
+                break
+            current = best
+        ends.append(current)
+    return seen[min(ends, key=at)]
 
 
 def _neighbours(sizes: Composition, ranks: int) -> list[Composition]:

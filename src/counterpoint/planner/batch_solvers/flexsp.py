@@ -17,39 +17,60 @@ from counterpoint.planner.batch_solvers.assignment import Assignment, Task, plac
 from counterpoint.planner.batch_solvers.buckets import cut_evenly
 from counterpoint.planner.batch_solvers.flexsp_milp import MicroBatchMilp
 from counterpoint.planner.batch_solvers.static import finish
+from counterpoint.planner.workers import run_all
 
 
 @dataclass(frozen=True, slots=True)
 class FlexspOptions:
-    """tries: how many numbers of micro-batches. buckets: lengths that the MILP tells apart. nodes: of the MILP's tree
-    a micro-batch; 0 leaves it out. milp_seconds: a limit beside it, for slow machines. gap: relative, where the MILP
-    may stop."""
+    """How long to look for a plan; plans depend on nothing else, unless a limit in seconds is reached.
+
+    tries: how many numbers of micro-batches. buckets: lengths that the MILP tells apart. effort: how often HiGHS asks
+    whether to go on before a micro-batch's MILP is stopped; 0 leaves it out. milp_sequences: micro-batches of more
+    keep the search's answer, because rounding to buckets would cost more than the MILP gains. milp_seconds: a limit
+    beside effort. gap: relative, where the MILP may stop.
+    """
 
     tries: int = 5
     buckets: int = 16
-    nodes: int = 200
-    milp_seconds: float = 2.0
-    gap: float = 0.01
+    effort: int = 100
+    milp_sequences: int = 48
+    milp_seconds: float = 5.0
+    gap: float = 0.005
     seed: int = 0
 
 
-def flexsp(lengths: Sequence[int], cost: BatchCost, options: FlexspOptions | None = None) -> BatchPlan:
-    """The fastest plan found. Raises ValueError when a sequence does not fit all ranks together."""
+def flexsp(
+    lengths: Sequence[int], cost: BatchCost, options: FlexspOptions | None = None, workers: int = 0
+) -> BatchPlan:
+    """The fastest plan found. Raises ValueError when a sequence does not fit all ranks together.
+
+    workers: processes that solve the MILPs, each ended when it outlasts its limit by far; 0: in this process.
+    """
     options = options or FlexspOptions()
     check_fits(lengths, cost)
     found: list[tuple[float, list[tuple[Task, Assignment]]]] = []
     pieces = -(-sum(lengths) // (cost.ranks * cost.capacity))
     while len(found) < options.tries and pieces <= len(lengths):
-        planned = _plan(lengths, cost, pieces)
+        planned = plan_pieces(lengths, cost, pieces)
         if planned is not None:
             found.append((sum(a.seconds for _, a in planned), planned))
         pieces += 1
     _, best = min(found, key=lambda f: f[0])
-    plan = [place(task, improve(task, assignment, cost, options)) for task, assignment in best]
-    return finish(lengths, cost, plan, "flexsp")
+    hard = [k for k, (task, _) in enumerate(best) if 1 < len(task.sequences) <= options.milp_sequences]
+    if options.effort and hard:
+        jobs = [(improve, (*best[k], cost, options)) for k in hard]
+        if workers:
+            results = run_all(jobs, workers, 2 * options.milp_seconds + 20)
+        else:
+            results = [(function(*arguments), None) for function, arguments in jobs]
+        for k, (assignment, error) in zip(hard, results, strict=True):
+            if error is None:
+                best[k] = best[k][0], assignment
+    return finish(lengths, cost, [place(task, assignment) for task, assignment in best], "flexsp")
 
 
-def _plan(lengths: Sequence[int], cost: BatchCost, pieces: int) -> list[tuple[Task, Assignment]] | None:
+def plan_pieces(lengths: Sequence[int], cost: BatchCost, pieces: int) -> list[tuple[Task, Assignment]] | None:
+    """The search's answer for every micro-batch when the batch is cut into this many; None when one does not fit."""
     planned = []
     for piece in cut_evenly(lengths, pieces):
         task = Task.of(piece, lengths, cost)
@@ -62,12 +83,10 @@ def _plan(lengths: Sequence[int], cost: BatchCost, pieces: int) -> list[tuple[Ta
 
 def improve(task: Task, assignment: Assignment, cost: BatchCost, options: FlexspOptions) -> Assignment:
     """What the MILP makes of an assignment; the assignment itself when that is no better."""
-    if not options.nodes or len(task.sequences) == 1:
-        return assignment
     model = MicroBatchMilp(task, cost, options.buckets)
     result = model.program.solve(
         seconds=options.milp_seconds,
-        nodes=options.nodes,
+        checks=options.effort,
         gap=options.gap,
         start=model.start(assignment),
         seed=options.seed,

@@ -68,13 +68,14 @@ class Footprint:
         return {**asdict(self), "total": self.total}
 
 
-def footprint(step: Step) -> Footprint:
+def footprint(step: Step, overlap: bool = True) -> Footprint:
     """The peak of a step on each of its ranks."""
-    return max(moments(step), key=lambda moment: moment.total)
+    return max(moments(step, overlap), key=lambda moment: moment.total)
 
 
-def moments(step: Step) -> list[Footprint]:
-    """The peaks of all parts of a step, in their order."""
+def moments(step: Step, overlap: bool = True) -> list[Footprint]:
+    """The peaks of all parts of a step, in their order. overlap: what a layer offloads is still there while the next
+    one runs; else it is gone at once, as in a schedule whose steps run one after the other."""
     t, config = step.training, step.block.config
     layers = [layer_bytes(step.recipe(i), t, _kind(step, i)) for i in config.layers]
     groups = parameter_groups(step.block)
@@ -94,9 +95,10 @@ def moments(step: Step) -> list[Footprint]:
     if t.sharded:
         moment("embedding", 0, 0, _gathered_bytes(step))
     for i, layer in enumerate(layers):
-        moment(f"forward of layer {i}", 0, before[i], layer.forward)
+        going = layers[i - 1].offloaded if i and overlap else 0
+        moment(f"forward of layer {i}", 0, before[i] + going, layer.forward)
     head, head_gradients, tied = _head_bytes(step)
-    moment("head", 0, before[-1], head)
+    moment("head", 0, before[-1] + (layers[-1].offloaded if overlap else 0), head)
     shared += number
     behind = head_gradients + tied
     for i in reversed(config.layers):

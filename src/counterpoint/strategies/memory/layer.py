@@ -351,3 +351,16 @@ def layer_schedule(recipe: Recipe, layer: int = 0) -> Schedule:
     start = builder.compute(After(), dy, y, names=("dy",))[0]
     dx = writer.backward(start)
     return builder.finish({"y": y, "dx": dx, **writer.grads})
+
+
+def forward_schedule(recipe: Recipe, layer: int = 0) -> Schedule:
+    """A layer's forward pass alone: inputs x, cos, sin and the weights, output y."""
+    whole = layer_schedule(recipe, layer)
+    steps = []
+    for step in whole.steps:
+        steps.append(step)
+        if any(v.name == whole.outputs["y"] for v in step.writes):
+            break
+    needed = {name for step in steps for name in step.reads}
+    inputs = tuple(v for v in whole.inputs if v.name in needed)
+    return Schedule(f"{whole.name} forward", 0, 1, inputs, {"y": whole.outputs["y"]}, tuple(steps))

@@ -68,7 +68,7 @@ def main() -> None:
         if args.cluster
         else [parse_cluster(CLUSTER.format(link=link), link) for link in args.links]
     )
-    found, errors, spreads, chosen_well, sweep = [], [], [], [], []
+    found, errors, spreads, late, chosen_well, sweep = [], [], [], [], [], []
     for cluster, ranks in ((c, n) for c in clusters for n in args.ranks):
         configurations = [
             Configuration(cluster.name, ranks, kv_heads, size)
@@ -82,12 +82,14 @@ def main() -> None:
                 name = name_of(run.target, args)
                 seconds = sum(p.seconds for p in run.passes)
                 simulated = sum(p.simulated for p in run.passes)
+                late.append(max(x for p in run.passes for x in p.late))
                 spread = sum(max(p.measured) - min(p.measured) for p in run.passes) / seconds
                 errors += [abs(p.error) for p in run.passes]
                 spreads.append(spread)
                 times[name] = seconds / run.scale.slowdown
                 parts.append(
-                    f"{name} {1e3 * times[name]:.2f} ms ({seconds / simulated - 1:+.1%}, spread {spread:.1%})"
+                    f"{name} {1e3 * times[name]:.2f} ms ({seconds / simulated - 1:+.1%}, spread {spread:.1%}, "
+                    f"kernels late {late[-1]:.1%})"
                 )
                 found.append({"link": cluster.name, "kv_heads": configuration.kv_heads, **to_json(run)})
             chosen_well.append(times[chosen] <= 1.05 * min(times.values()))
@@ -102,13 +104,16 @@ def main() -> None:
         "largest_error": max(errors),
         "median_spread": statistics.median(spreads),
         "largest_spread": max(spreads),
+        "median_kernels_late": statistics.median(late),
+        "largest_kernels_late": max(late),
         "chosen_within_5_percent": sum(chosen_well),
     }
     print(
         f"{len(errors)} runs of {len(sweep)} configurations, compute {compute}: median error "
         f"{summary['median_error']:.1%}, 90th percentile {summary['percentile_90_error']:.1%}, largest "
         f"{max(errors):.1%}; spread of {args.repetitions} repetitions: median {summary['median_spread']:.1%}, largest "
-        f"{max(spreads):.1%}"
+        f"{max(spreads):.1%}; kernels that took longer than they should cost up to {max(late):.1%} of a pass "
+        f"(median {statistics.median(late):.1%}), which shows what other programs on this machine did"
     )
     print(
         f"the strategy that plan attention chooses is within 5 % of the best measured in {sum(chosen_well)} "

@@ -14,7 +14,7 @@ from typing import Any
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.emulation import network
 from counterpoint.emulation.namespaces import Namespaces
-from counterpoint.emulation.result import Emulation, How, PassResult, attention_steps
+from counterpoint.emulation.result import Emulation, How, PassResult, attention_steps, computed_seconds
 from counterpoint.emulation.scale import (
     LEAST_SECONDS,
     PASS_SECONDS,
@@ -278,6 +278,10 @@ def _result(
     return PassResult(
         which,
         tuple(timeline.seconds for timeline in measured),
+        tuple(
+            (computed_seconds(timeline) - computed_seconds(simulated)) / len(ranks) / simulated.seconds
+            for timeline in measured
+        ),
         simulated.seconds,
         real.seconds,
         sum(sent.values()),

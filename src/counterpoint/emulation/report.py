@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from counterpoint.emulation.published import published
-from counterpoint.emulation.result import Emulation, PassResult, to_json
+from counterpoint.emulation.result import LATE, Emulation, PassResult, to_json
 from counterpoint.report.page import write_report
 from counterpoint.report.sections import Section, Table
 from counterpoint.report.units import format_seconds
@@ -19,6 +19,7 @@ _STEPS_TEXT = (
     "Times between the starts of a rank's attention kernels. Measured and simulated: of the scale model, divided by "
     "its slowdown."
 )
+BUSY = "other programs keep this machine busy, so run it again when it is idle"
 COLUMNS = ("pass", "on", "measured", "simulated", "difference", "bytes sent")
 
 
@@ -84,6 +85,10 @@ def summary(emulation: Emulation) -> str:
         f"that stand for {e.target.layout.tokens:,}; so rates are divided by {e.scale.rates:.4g}. Links have this "
         f"machine's own latency of {e.latency_seconds * 1e3:.2f} ms, which the simulation of the scale model uses."
     )
+    late = max(late for p in e.passes for late in p.late)
+    should = "were to be held" if e.compute == "timed" else "took alone"
+    text += f" A rank's kernels took longer than they {should} by up to {late:.1%} of a pass"
+    text += f"; {BUSY}." if late > LATE else "."
     if e.worst_difference is not None:
         text += f" Results differ from one process by {e.worst_difference:.1e} relative."
     return text

@@ -18,18 +18,21 @@ from counterpoint.schedule.timeline import Timeline
 from counterpoint.strategies.sequence.attention import AttentionProblem
 
 How = Literal["timed", "real"]
+LATE = 0.05  # of a pass: kernels that end so late show that other programs keep the machine busy
 
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
     """One pass: what was measured on the scale model (all repetitions, s), and what was simulated (s).
 
-    real: simulated on the cluster. steps: times between the starts of a rank's attention kernels. timelines: of the
-    repetition in the middle, and of the two simulations.
+    late: for every repetition, by how much a rank's kernels together took longer than they were to be held, as a share
+    of the pass; what other programs on this machine do to a run. real: simulated on the cluster. steps: times between
+    the starts of a rank's attention kernels. timelines: of the repetition in the middle, and of the two simulations.
     """
 
     which: Pass
     measured: tuple[float, ...]
+    late: tuple[float, ...]
     simulated: float
     real: float
     sent_bytes: int
@@ -80,6 +83,11 @@ def attention_steps(timeline: Timeline, schedules: Sequence[Schedule]) -> tuple[
     return tuple(sum(gaps) / len(gaps) for gaps in zip(*([b - a for a, b in pairwise(t)] for t in starts)))
 
 
+def computed_seconds(timeline: Timeline) -> float:
+    """Seconds that all ranks together spent in kernels."""
+    return sum(s.stop - s.start for s in timeline.spans if s.kind == "compute")
+
+
 def to_json(emulation: Emulation) -> dict[str, Any]:
     """The figures of a run as plain JSON values."""
     e = emulation
@@ -104,6 +112,7 @@ def to_json(emulation: Emulation) -> dict[str, Any]:
             p.which: {
                 "measured_seconds": p.seconds,
                 "measured_all_seconds": list(p.measured),
+                "kernels_late": list(p.late),
                 "simulated_seconds": p.simulated,
                 "error": p.error,
                 "cluster_simulated_seconds": p.real,

@@ -117,7 +117,7 @@ def test_flex_attention_sees_the_areas(mask: AttentionMask) -> None:
 def test_plain_and_flash_agree_on_a_cpu(mask, dtype) -> None:
     problem = replace(ON_CPU, mask=mask, dtype=dtype, tokens=300, areas=3)
     for which in ("forward", "backward"):
-        assert choice.wrong(CPU_FLASH, choice._Data(problem, torch.device("cpu")).args(which), which) == ""
+        assert choice.wrong(CPU_FLASH, choice.Data(problem, torch.device("cpu")).args(which), which) == ""
 
 
 def test_a_wrong_kernel_and_one_that_fails_are_left_out() -> None:
@@ -219,7 +219,7 @@ def test_names_are_one_each_and_every_refusal_says_why() -> None:
 def test_every_kernel_that_takes_a_problem_on_this_gpu_is_correct(mask, dtype) -> None:
     for dim, areas in ((64, 1), (128, 3), (96, 1)):
         problem = replace(ON_GPU, mask=mask, dtype=dtype, head_dim=dim, areas=areas, tokens=1000)
-        data = choice._Data(problem, torch.device("cuda"))
+        data = choice.Data(problem, torch.device("cuda"))
         for backend in table():
             if backend.refuses(problem) or backend.compiles:
                 continue

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Bar:
     """A progress bar for about `steps` steps while it is entered; `advance` names the next one."""
 
-    def __init__(self, title: str, steps: int) -> None:
+    def __init__(self, title: str, steps: int, console: Console | None = None) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.progress = Progress(
-            TextColumn(f"{title:18}"), BarColumn(24), TimeElapsedColumn(), TextColumn("{task.description}")
+            TextColumn(f"{title:18}"),
+            BarColumn(24),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=console,
         )
         self.task = self.progress.add_task("", total=steps)
         self.steps, self.done, self.shown = steps, -1, False

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from counterpoint.cli.bench import bench
 from counterpoint.cli.calibrate import calibrate
 from counterpoint.cli.cluster import cluster
 from counterpoint.cli.demo import demo
@@ -55,6 +56,7 @@ app.command()(report)
 app.add_typer(cluster, name="cluster")
 app.add_typer(plan, name="plan")
 app.command()(calibrate)
+app.add_typer(bench, name="bench")
 app.command()(demo)
 app.command()(emulate)
 app.command()(reproduce)

@@ -50,7 +50,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One way to compute attention. refuses: why a problem is beyond it, empty when it is not.
+    """One way to compute attention. refuses: why a problem is beyond it, empty when it is not. device: "any" too.
 
     deterministic: the backward gives the same bits every time. variant: one more way to tune the backend before it,
     tried when asked for. compiles: torch.compile has to run first, so it is tried when asked for.
@@ -60,6 +60,7 @@ class Backend:
     refuses: Callable[[Problem], str]
     forward: Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, areas, scale)
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]  # (dout, q, k, v, out, lse, areas, scale)
+    device: str = "cuda"
     deterministic: bool = True
     variant: bool = False
     compiles: bool = False
@@ -119,11 +120,12 @@ def _plain_backward(dout, q, k, v, out, lse, form: calls.Form, scale: float):
     return plain.backward(dout, q, k, v, out, lse, form.causal, form.bias, scale)
 
 
-PLAIN = Backend("plain", lambda problem: "", *_of_calls(_plain_forward, _plain_backward))
+PLAIN = Backend("plain", lambda problem: "", *_of_calls(_plain_forward, _plain_backward), device="any")
 CPU_FLASH = Backend(
     "cpu-flash",
     lambda problem: _unless(problem, "cpu", (*HALF, torch.float32, torch.float64), 2**16),
     *_of_calls(aten.cpu_forward, aten.cpu_backward),
+    device="cpu",
 )
 
 

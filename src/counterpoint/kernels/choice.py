@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
+from math import log
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,10 @@ from counterpoint.kernels.mask import Area, AttentionMask, one_document
 
 Pass = Literal["forward", "backward"]
 FORMAT = 1  # raised when kernels, or how they are measured, change
-LONGEST = 2**15  # tokens of a measurement at most
+LONGEST, MOST_HEADS = (
+    2**13,
+    32,
+)  # tokens and heads of a measurement at most: rates rise little beyond, memory does
 CHECKED = 1000  # tokens on which results are compared first: no multiple of a tile
 # Largest difference from plain attention in float32, as a share of the result's norm
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -53,7 +57,7 @@ def choose(problem: Problem, which: Pass, deterministic: bool = False) -> Backen
 def bucket(problem: Problem) -> Problem:
     """The problem that stands for all of its class: sizes rounded up to powers of two, one sequence of all heads."""
     group = problem.heads // problem.kv_heads
-    kv_heads = min(_power(problem.batch * problem.kv_heads), 64)
+    kv_heads = min(_power(problem.batch * problem.kv_heads), max(1, MOST_HEADS // group))
     tokens = max(128, min(_power(problem.tokens), LONGEST))
     areas = min(_power(problem.areas), max(1, tokens // 128))
     return replace(problem, batch=1, heads=kv_heads * group, kv_heads=kv_heads, tokens=tokens, areas=areas)
@@ -68,7 +72,8 @@ def _chosen(problem: Problem, which: Pass, deterministic: bool, device: int) -> 
             raise RuntimeError(
                 "attention has not been measured yet, and cannot be in a CUDA graph: run it once before"
             )
-        trials = measure(problem, which, (b for b in table() if not (b.variant or b.compiles)))
+        usual = (b for b in table() if b.device == "cuda" and not (b.variant or b.compiles))
+        trials = measure(problem, which, usual)
         keep(path, key(problem, which), trials)
     return fastest(trials, deterministic)
 
@@ -85,28 +90,28 @@ def measure(
 ) -> list[Trial]:
     """Every backend that takes the problem and computes it correctly, timed; for the others, why not."""
     device = torch.device(device or problem.device)
-    data = _Data(problem, device)
-    checked = _Data(replace(problem, tokens=min(problem.tokens, CHECKED)), device)
+    data = Data(problem, device)
+    checked = Data(replace(problem, tokens=min(problem.tokens, CHECKED)), device)
     trials = []
     for backend in backends:
         why = backend.refuses(problem) or wrong(backend, checked.args(which), which)
         seconds = None
         if not why:
             try:
-                seconds = _seconds(lambda b=backend: _run(b, which, data.args(which)), device)
+                seconds = _seconds(lambda b=backend: run(b, which, data.args(which)), device)
             except RuntimeError as error:  # out of memory, above all
-                why = _failure(error)
+                why = failure(error)
         trials.append(Trial(backend.name, seconds, why))
     return trials
 
 
 def wrong(backend: Backend, args: tuple, which: Pass) -> str:
     """What is wrong with a backend's results, compared with plain attention; empty when nothing is."""
-    expected = _run(PLAIN, which, args)
+    expected = run(PLAIN, which, args)
     try:
-        got = _run(backend, which, args)
+        got = run(backend, which, args)
     except Exception as error:  # whatever a kernel that is not made for this device says
-        return _failure(error)
+        return failure(error)
     names = ("out", "lse") if which == "forward" else ("dq", "dk", "dv")
     dtype = args[0].dtype
     for name, a, b in zip(names, got, expected, strict=True):
@@ -116,15 +121,15 @@ def wrong(backend: Backend, args: tuple, which: Pass) -> str:
     return ""
 
 
-def _failure(error: Exception) -> str:
+def failure(error: Exception) -> str:
     return f"fails: {' '.join(str(error).split())[:120] or type(error).__name__}"
 
 
 # ---- what is measured ----------------------------------------------------------------------------
-class _Data:
+class Data:
     """Random tensors for a problem. The backward's logsumexp is not the block's own: the rows saw other keys too."""
 
-    def __init__(self, problem: Problem, device: torch.device) -> None:
+    def __init__(self, problem: Problem, device: torch.device, seen: tuple[Area, ...] | None = None) -> None:
         random = torch.Generator(device).manual_seed(0)
         heads = (problem.heads, problem.kv_heads, problem.kv_heads, problem.heads)
         self.q, self.k, self.v, self.dout = (
@@ -139,7 +144,7 @@ class _Data:
             )
             for n in heads
         )
-        self.areas, self.scale = areas(problem), problem.head_dim**-0.5
+        self.areas, self.scale = areas(problem) if seen is None else seen, problem.head_dim**-0.5
         self.out = torch.randn_like(self.q)
         self.lse: Tensor | None = None
 
@@ -147,21 +152,29 @@ class _Data:
         if which == "forward":
             return self.q, self.k, self.v, self.areas, self.scale
         if self.lse is None:
-            self.lse = PLAIN.forward(self.q, self.k, self.v, self.areas, self.scale)[1] + 0.5
+            if self.q.shape[1] <= CHECKED:
+                self.lse = PLAIN.forward(self.q, self.k, self.v, self.areas, self.scale)[1] + 0.5
+            else:  # about as large, for timing
+                self.lse = torch.full(self.q.shape[:3], log(self.q.shape[1]) + 1.0, device=self.q.device)
         return self.dout, self.q, self.k, self.v, self.out, self.lse, self.areas, self.scale
 
 
 def areas(problem: Problem) -> tuple[Area, ...]:
-    """A mask of the problem's kind: as many documents as it has areas; a window of a quarter of one."""
-    tokens, count = problem.tokens, min(problem.areas, problem.tokens)
-    cuts = [tokens * i // count for i in range(count + 1)]
-    documents = tuple(b - a for a, b in pairwise(cuts)) if count > 1 else ()
-    window = max(1, tokens // count // 4) if problem.mask == "bands" else None
-    mask = AttentionMask(problem.mask != "full", window, documents)
+    """A mask of the problem's kind: as many documents as it has areas, and a window of a quarter of one."""
+    count = min(problem.areas, problem.tokens)
+    window = max(1, problem.tokens // count // 4) if problem.mask == "bands" else None
+    return masked(problem.tokens, problem.mask != "full", window, count)
+
+
+def masked(tokens: int, causal: bool, window: int | None = None, documents: int = 1) -> tuple[Area, ...]:
+    """Areas of tokens that attend each other, in documents of equal length."""
+    cuts = [tokens * i // documents for i in range(documents + 1)]
+    lengths = tuple(b - a for a, b in pairwise(cuts)) if documents > 1 else ()
+    mask = AttentionMask(causal, window, lengths)
     return mask.areas(one_document(tokens), one_document(tokens))
 
 
-def _run(backend: Backend, which: Pass, args: tuple) -> tuple[Tensor, ...]:
+def run(backend: Backend, which: Pass, args: tuple) -> tuple[Tensor, ...]:
     return backend.forward(*args) if which == "forward" else backend.backward(*args)
 
 

@@ -31,7 +31,12 @@ def test_every_row_is_filled_in():
 
 def test_what_is_reproduced_loads_and_what_is_planned_says_so():
     done = [system for system in systems() if system.state == "reproduced"]
-    assert {system.name for system in done} == {"tokenring", "ulysses", "sequence-parallelism-rsa"}
+    assert {system.name for system in done} >= {
+        "tokenring",
+        "ulysses",
+        "sequence-parallelism-rsa",
+        "flashattention-2",
+    }
     for system in done:
         reproduction = load(system)
         assert reproduction.summary

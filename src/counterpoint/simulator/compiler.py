@@ -64,7 +64,9 @@ class Compiler:
         self._sent: dict[Key, list[End]] = defaultdict(list)
         self._received: dict[Key, list[End]] = defaultdict(list)
         self._destination: dict[Key, int] = {}
-        self._ends: dict[tuple[int, int], tuple[int, int]] = {}  # by sender and receiver: the first two of a key
+        self._ends: dict[
+            tuple[int, int], tuple[int, int]
+        ] = {}  # by sender and receiver: the first two of a key
         self._costs: dict[str, KernelCosts] = {}  # by name of the device
 
     def add(self, schedule: Schedule) -> None:

@@ -27,7 +27,7 @@ def config(layers: int, vocabulary: int, tied: bool, inner: int) -> ModelConfig:
 
 layer_policies = st.sampled_from(
     [
-        LayerPolicy("keep"), LayerPolicy("recompute"), LayerPolicy("stream", 1), LayerPolicy("stream", 3),
+        LayerPolicy("keep"), LayerPolicy("recompute"), LayerPolicy("stream", 1), LayerPolicy("stream", 7),
         LayerPolicy("offload", ratio=0.6), LayerPolicy("offload", ratio=1.0),
     ]
 )  # fmt: skip
@@ -54,7 +54,7 @@ def steps(draw) -> Step:
     block = Block(shape, draw(st.integers(1, 2)), draw(st.integers(1, 60)), dtype, norm)
     count = draw(st.sampled_from([1, layers]))
     policy = MemoryPolicy(
-        tuple(draw(layer_policies) for _ in range(count)), draw(st.sampled_from([1, 3])),
+        tuple(draw(layer_policies) for _ in range(count)), draw(st.sampled_from([1, 6])),
         draw(st.sampled_from([None, 7])),
     )  # fmt: skip
     return Step(block, policy, draw(trainings))

@@ -44,7 +44,7 @@ def memory(
         int, typer.Option(min=0, help="Tokens whose logits exist at a time; 0 for all.")
     ] = 1024,
     chunk: Annotated[
-        int, typer.Option(min=1, help="Tokens that streamed layers work on, for the longest sequence.")
+        int, typer.Option(min=1, help="Tokens that streamed layers work on at a time, in at most 64 chunks.")
     ] = 2048,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 12,
     picture: Annotated[

@@ -26,6 +26,7 @@ from counterpoint.strategies.memory.step import Step, step_schedule
 
 Objective = Literal["sft", "dpo", "grpo"]
 LONGEST = 1 << 27  # tokens; no device comes near
+MOST = 64  # chunks of a sequence; longer sequences have longer chunks
 KEEP = LayerPolicy("keep")
 
 
@@ -249,16 +250,15 @@ def _families(question: Question) -> Iterator[tuple[str, Callable[[int], MemoryP
     yield "recompute", lambda tokens: _uniform(question, LayerPolicy("recompute"))
     yield (
         f"stream, chunks of {question.chunk}",
-        lambda tokens: _uniform(question, LayerPolicy("stream", -(-tokens // question.chunk))),
+        lambda tokens: _uniform(question, LayerPolicy("stream", min(MOST, -(-tokens // question.chunk)))),
     )
 
 
 def _candidates(question: Question) -> Iterator[tuple[str, MemoryPolicy]]:
     """Policies for the tokens asked for; mixtures keep all of as many layers as fit beside the others."""
-    streams = sorted(
-        {n for n in (2, 4, 8, 16, -(-question.tokens // question.chunk)) if n <= question.tokens}
-    )
-    singles = [KEEP, LayerPolicy("recompute"), *(LayerPolicy("stream", n) for n in streams if n <= 64)]
+    finest = min(MOST, -(-question.tokens // question.chunk))
+    streams = sorted({n for n in (2, 4, 8, 16, finest) if n <= question.tokens})
+    singles = [KEEP, LayerPolicy("recompute"), *(LayerPolicy("stream", n) for n in streams)]
     fast = [KEEP]
     if question.has_host:
         fast.append(_offload(question, question.tokens))

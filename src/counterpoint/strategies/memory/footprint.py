@@ -155,6 +155,7 @@ def layer_bytes(recipe: Recipe, training: Training, layer: int) -> LayerBytes:
     shards.declare("0", parameter_groups(block)["0"], adapters)
     x = b.compute(Empty(shape), cos, names=("x",))[0]
     writer = LayerWriter(b, recipe, layer, shards.weights("0", x), cos, sin)
+    writer.sparse = True
     y = writer.forward(x)
     turned = b.compute(Empty(shape), y, names=("dy",))[0]  # the head's part: its input goes, a gradient comes
     writer.prefetch(turned)
@@ -191,6 +192,7 @@ def _head_bytes(step: Step) -> tuple[int, int, int]:
     if tied:
         weights["weight"] = shards.weights("embed", x)["weight"]
     head = HeadWriter(b, block, weights, t.rank, step.policy.head_tokens)
+    head.sparse = True
     dx = head.forward_backward(x, labels)
     shards.reduce("head", head.grads)
     assert head.loss is not None

@@ -71,4 +71,4 @@ class HeadWriter(Operators):
         return logs
 
     def _spans(self) -> list[tuple[int, int]]:
-        return [(a, min(a + self.piece, self.count)) for a in range(0, self.count, self.piece)]
+        return self.some([(a, min(a + self.piece, self.count)) for a in range(0, self.count, self.piece)])

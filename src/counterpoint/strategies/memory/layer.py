@@ -131,7 +131,7 @@ class LayerWriter(Operators):
 
     def _stream_forward(self, x: Value) -> Value:
         k, v = self._all_keys(x)
-        spans = _spans(self.block.tokens, self.recipe.policy.chunks)
+        spans = self.some(_spans(self.block.tokens, self.recipe.policy.chunks))
         if len(spans) == 1:
             return self._rows_forward(x, 0, self.block.tokens, k, v, {})
         y = self.one(Empty(x.spec), x, name="y")
@@ -141,7 +141,7 @@ class LayerWriter(Operators):
 
     def _stream_backward(self, dy: Value, x: Value) -> Value:
         k, v = self._all_keys(x)
-        spans, wide = _spans(self.block.tokens, self.recipe.policy.chunks), self.block.wide
+        spans, wide = self.some(_spans(self.block.tokens, self.recipe.policy.chunks)), self.block.wide
         dx = self.one(Empty(x.spec), x, name="dx")
         dk, dv = (self.one(Empty(t.spec.cast(wide), zero=True), x, name=n) for t, n in ((k, "dk"), (v, "dv")))
         with self.pieces():
@@ -165,7 +165,7 @@ class LayerWriter(Operators):
 
     def _all_keys(self, x: Value) -> tuple[Value, Value]:
         """Keys and values of the whole sequence, made chunk by chunk and without what their gradients would need."""
-        spans = _spans(self.block.tokens, self.recipe.policy.chunks)
+        spans = self.some(_spans(self.block.tokens, self.recipe.policy.chunks))
         k = v = None
         for a, b in spans:
             h = self.norm(self.rows(x, a, b), "x", "input_layernorm", {})
@@ -285,7 +285,7 @@ class LayerWriter(Operators):
 
     # ---- feed-forward --------------------------------------------------------------------------------
     def _mlp(self, m: Value, saved: Values) -> Value:
-        spans = _spans(m.spec.shape[1], self.recipe.mlp_tiles)
+        spans = self.some(_spans(m.spec.shape[1], self.recipe.mlp_tiles))
         if self.recipe.mlp_tiles == 1:
             return self._inner(m, saved)
         if len(spans) == 1:
@@ -301,7 +301,7 @@ class LayerWriter(Operators):
             return self._inner_back(dy, m, saved)
         dm = self.one(Empty(m.spec), m, name="dm")
         with self.pieces():
-            for a, b in _spans(m.spec.shape[1], self.recipe.mlp_tiles):
+            for a, b in self.some(_spans(m.spec.shape[1], self.recipe.mlp_tiles)):
                 inside: Values = {}
                 part = self.rows(m, a, b)
                 d = self.one(After(), self.rows(dy, a, b), self._inner(part, inside))

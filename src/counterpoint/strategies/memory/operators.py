@@ -24,13 +24,15 @@ class Operators:
     """Writes operators over named weights. rank: of LoRA adapters beside frozen weights; None trains the weights.
 
     After the gradients have been written, `grads` holds those of what is trained. `saved` dictionaries take the names
-    of `cost.saved_tensors`.
+    of `cost.saved_tensors`. With `sparse` only the first two and the last two of many equal pieces are written: none
+    in between takes more memory than they.
     """
 
     def __init__(self, builder: Builder, block: Block, weights: Values, rank: int | None) -> None:
         self.builder, self.block, self.config = builder, block, block.config
         self.weights, self.rank = weights, rank
         self.grads: Values = {}
+        self.sparse = False
         self._sums: list[Values] = []
 
     def one(self, kernel: Kernel, *inputs: Value, name: str | None = None) -> Value:
@@ -38,6 +40,9 @@ class Operators:
 
     def rows(self, x: Value, a: int, b: int) -> Value:
         return x if (a, b) == (0, x.spec.shape[1]) else self.one(Take(((a, b),)), x)
+
+    def some(self, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return spans[:2] + spans[-2:] if self.sparse and len(spans) > 4 else spans
 
     def cast(self, x: Value) -> Value:
         return x if x.spec.dtype == self.block.dtype else self.one(Cast(self.block.dtype), x)

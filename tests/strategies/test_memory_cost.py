@@ -56,7 +56,7 @@ blocks = st.builds(
 def measured(block: Block) -> int:
     """Bytes of all buffers that autograd saves in a layer, parameters and rotary angles apart."""
     dtype = getattr(torch, block.dtype)
-    layer = Layer(block.config).to(dtype)
+    layer = Layer(block.config, 0).to(dtype)
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.02)
     x = torch.randn(block.batch, block.tokens, block.config.hidden_size, dtype=dtype, requires_grad=True)

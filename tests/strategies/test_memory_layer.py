@@ -40,7 +40,7 @@ def tensors(recipe: Recipe, seed: int = 0) -> tuple[dict[str, torch.Tensor], Lay
     block = recipe.block
     torch.manual_seed(seed)
     dtype = getattr(torch, block.dtype)
-    layer = Layer(block.config).to(dtype)
+    layer = Layer(block.config, 0).to(dtype)
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x = torch.randn(block.batch, block.tokens, block.config.hidden_size, dtype=dtype)

@@ -62,11 +62,12 @@ class AttendBackward(Kernel):
     scale: float
     groups: tuple[int, ...] = ()
     has_out: bool = False  # the fourth input is the output, not delta
+    narrow: bool = False  # results in the dtypes of q, k, v: nothing will be added to them
     operator: ClassVar[str] = "attention_backward"
 
     def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
         q, _, _, _, k, v = inputs
-        return tuple(x.cast(accumulator(x.dtype)) for x in (q, k, v))
+        return (q, k, v) if self.narrow else tuple(x.cast(accumulator(x.dtype)) for x in (q, k, v))
 
     def work(self, *inputs: TensorSpec) -> Work:
         batch, _, heads, dim = inputs[0].shape
@@ -79,9 +80,10 @@ class AttendBackward(Kernel):
 
         q, dout, lse, row, k, v = inputs
         out = row if self.has_out else blocks.output_standing_in(dout, row)
-        return blocks.attend_backward(
+        grads = blocks.attend_backward(
             dout, q, k, v, out, lse, self.areas, scale=self.scale, groups=self.groups
         )
+        return tuple(g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)) if self.narrow else grads
 
     def label(self) -> str:
         return f"backward {_brief(self.areas)}"

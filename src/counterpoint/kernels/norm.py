@@ -67,16 +67,33 @@ class RMSUnit(Kernel):
 @register("rms_unit_backward")
 @dataclass(frozen=True, slots=True)
 class RMSUnitBackward(Kernel):
-    """(dunit, x, scale) -> the two parts of dx: straight through the product, and through the scale."""
+    """(dunit, x, scale) -> what reaches x straight through the product, and the slope of every row's mean square / 2.
+
+    dx = straight + slope 2 x.
+    """
 
     def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
-        return inputs[0], inputs[0]
+        return inputs[0], inputs[2]
 
     def run(self, *inputs):
         dunit, x, scale = inputs
-        scale = scale[..., None]
-        through = (dunit * x).mean(-1, keepdim=True) * scale**3
-        return dunit * scale, -through * x
+        return dunit * scale[..., None], -0.5 * (dunit * x).mean(-1) * scale**3
+
+
+@register("expand_rows")
+@dataclass(frozen=True, slots=True)
+class ExpandRows(Kernel):
+    """(a number per row, x) -> the number in every place of its row of x's shape."""
+
+    def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
+        return (inputs[1],)
+
+    def work(self, *inputs: TensorSpec) -> Work:
+        return Work(0, inputs[0].nbytes, inputs[1].nbytes)
+
+    def run(self, *inputs):
+        rows, x = inputs
+        return (rows[..., None].expand_as(x).contiguous(),)
 
 
 @register("norm_weight")

@@ -201,3 +201,31 @@ class Fill(Kernel):
         return (
             torch.full(self.spec.shape, self.value, dtype=torch_dtype(self.spec.dtype), device=self.device),
         )
+
+
+@register("repeat_heads")
+@dataclass(frozen=True, slots=True)
+class RepeatHeads(Kernel):
+    """Every head `times` times, one after the other."""
+
+    times: int
+
+    def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
+        return (inputs[0].with_size(2, inputs[0].shape[2] * self.times),)
+
+    def run(self, *inputs):
+        return (inputs[0].repeat_interleave(self.times, 2),)
+
+
+@register("fold_heads")
+@dataclass(frozen=True, slots=True)
+class FoldHeads(Kernel):
+    """The sum of every `times` neighbouring heads: the gradient of `RepeatHeads`."""
+
+    times: int
+
+    def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
+        return (inputs[0].with_size(2, inputs[0].shape[2] // self.times),)
+
+    def run(self, *inputs):
+        return (inputs[0].unflatten(2, (-1, self.times)).sum(3),)

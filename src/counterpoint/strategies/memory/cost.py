@@ -19,7 +19,7 @@ from counterpoint.kernels.tokens import Run, Tokens
 from counterpoint.model.config import ModelConfig
 from counterpoint.strategies.memory.policy import LayerPolicy, MemoryPolicy
 
-Norm = Literal["composed", "fused"]
+Norm = Literal["composed", "fused", "narrow"]
 NORMS: tuple[str, ...] = get_args(Norm)
 Part = Literal["input", "norm", "queries", "keys", "attention", "mlp_norm", "mlp"]
 
@@ -29,7 +29,8 @@ class Block:
     """Sequences that pass a layer together. norm: how RMSNorm is computed.
 
     composed: by single operators in float32, as on CPU (and in transformers), which keep the input in float32 and the
-    normalised rows; fused: by one kernel, as on CUDA, which keeps its input and a number per row.
+    normalised rows; fused: by one kernel, as on CUDA, which keeps its input and a number per row; narrow: as composed,
+    but the normalised rows are kept in the activations' dtype, as transformers does.
     """
 
     config: ModelConfig
@@ -44,7 +45,7 @@ class Block:
         if self.dtype not in ("float64", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {self.dtype!r} is no floating dtype; use float32, bfloat16 or float16")
         if self.norm not in NORMS:
-            raise ValueError(f"norm {self.norm!r} is unknown; use {' or '.join(NORMS)}")
+            raise ValueError(f"norm {self.norm!r} is unknown; use {', '.join(NORMS)}")
 
     @property
     def item(self) -> int:
@@ -106,7 +107,8 @@ def saved_tensors(block: Block) -> tuple[Saved, ...]:
         own = tensor(first or part, name, *dims)
         if block.dtype != block.wide:
             own = tensor(part, f"{name}.wide", *dims, dtype=block.wide)
-        return [own, scale, tensor(part, f"{name}.unit", *dims, dtype=block.wide)]
+        unit = block.dtype if block.norm == "narrow" else block.wide
+        return [own, scale, tensor(part, f"{name}.unit", *dims, dtype=unit)]
 
     saved = [*norm("norm", "x", hidden, first="input"), tensor("norm", "h", hidden)]
     if c.qk_norm:

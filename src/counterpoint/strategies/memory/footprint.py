@@ -68,16 +68,16 @@ class Footprint:
         return {**asdict(self), "total": self.total}
 
 
-def footprint(step: Step, overlap: bool = True) -> Footprint:
-    """The peak of a step on each of its ranks."""
-    return max(moments(step, overlap), key=lambda moment: moment.total)
+def footprint(step: Step, overlap: bool = True, writes: type[LayerWriter] = LayerWriter) -> Footprint:
+    """The peak of a step on each of its ranks; arguments as for `moments`."""
+    return max(moments(step, overlap, writes), key=lambda moment: moment.total)
 
 
-def moments(step: Step, overlap: bool = True) -> list[Footprint]:
+def moments(step: Step, overlap: bool = True, writes: type[LayerWriter] = LayerWriter) -> list[Footprint]:
     """The peaks of all parts of a step, in their order. overlap: what a layer offloads is still there while the next
-    one runs; else it is gone at once, as in a schedule whose steps run one after the other."""
+    one runs; else it is gone at once, as in a schedule whose steps run one after the other. writes: the writer."""
     t, config = step.training, step.block.config
-    layers = [layer_bytes(step.recipe(i), t, _kind(step, i)) for i in config.layers]
+    layers = [layer_bytes(step.recipe(i), t, _kind(step, i), writes) for i in config.layers]
     groups = parameter_groups(step.block)
     parameters, optimizer, old = _standing(step, groups)
     shared = rotary_bytes(step.block) + 16 * step.block.batch * step.block.tokens
@@ -144,7 +144,10 @@ def _standing(step: Step, groups: Mapping[str, Mapping[str, TensorSpec]]) -> tup
 
 
 @lru_cache(maxsize=4096)
-def layer_bytes(recipe: Recipe, training: Training, layer: int) -> LayerBytes:
+def layer_bytes(
+    recipe: Recipe, training: Training, layer: int, writes: type[LayerWriter] = LayerWriter
+) -> LayerBytes:
+    """What a layer needs, written by `writes`."""
     block, config = recipe.block, recipe.block.config
     b = Builder("layer", 0, training.ranks)
     shape = TensorSpec((block.batch, block.tokens, config.hidden_size), block.dtype)
@@ -154,7 +157,7 @@ def layer_bytes(recipe: Recipe, training: Training, layer: int) -> LayerBytes:
     adapters = adapter_weights(config, recipe.rank) if recipe.rank is not None else None
     shards.declare("0", parameter_groups(block)["0"], adapters)
     x = b.compute(Empty(shape), cos, names=("x",))[0]
-    writer = LayerWriter(b, recipe, layer, shards.weights("0", x), cos, sin)
+    writer = writes(b, recipe, layer, shards.weights("0", x), cos, sin)
     writer.sparse = True
     y = writer.forward(x)
     turned = b.compute(Empty(shape), y, names=("dy",))[0]  # the head's part: its input goes, a gradient comes

@@ -9,8 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from counterpoint.kernels.kernel import Kernel
-from counterpoint.kernels.norm import RMSNorm, RMSNormBackward, RMSUnit, RMSUnitBackward, Weigh, WeighBackward
-from counterpoint.kernels.pointwise import Accumulate, Sum
+from counterpoint.kernels.norm import (
+    ExpandRows,
+    RMSNorm,
+    RMSNormBackward,
+    RMSUnit,
+    RMSUnitBackward,
+    Weigh,
+    WeighBackward,
+)
+from counterpoint.kernels.pointwise import Accumulate, Multiply, Sum
 from counterpoint.kernels.projection import Linear, LinearInput, LinearWeight, Lora, LoraBackward
 from counterpoint.kernels.shape import Cast, Take
 from counterpoint.schedule.builder import Builder
@@ -62,6 +70,8 @@ class Operators:
         else:
             x = saved[f"{name}.wide"] = self.one(Cast(wide), x)
         scale, unit = self.builder.compute(RMSUnit(eps), x, names=("scale", "unit"))
+        if self.block.norm == "narrow":
+            unit = self.cast(unit)
         saved.update({f"{name}.scale": scale, f"{name}.unit": unit})
         return self.one(Weigh(self.block.dtype), unit, w, name="h")
 
@@ -85,10 +95,11 @@ class Operators:
         if trained:
             self.gradient(weight, made[1])
         x = saved[name] if self.block.dtype == self.block.wide else saved[f"{name}.wide"]
-        straight, through = self.builder.compute(
-            RMSUnitBackward(), made[0], x, saved[f"{name}.scale"], names=("dx", "dx")
+        straight, slope = self.builder.compute(
+            RMSUnitBackward(), made[0], x, saved[f"{name}.scale"], names=("dx", "slope")
         )
-        return self.cast(self.one(Sum(), straight, through))
+        slopes, twice = self.one(ExpandRows(), slope, x, name="slopes"), self.one(Sum(), x, x, name="twice")
+        return self.cast(self.one(Sum(), straight, self.one(Multiply(), slopes, twice, name="dx")))
 
     def linear(self, name: str, x: Value, saved: Values) -> Value:
         label = name.removesuffix("_proj")

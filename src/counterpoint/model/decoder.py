@@ -93,6 +93,7 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
+        self.config = config
         self.self_attn: Any = (
             LinearAttention(config, Linear) if config.is_linear(index) else Attention(config)
         )

@@ -23,6 +23,7 @@ from counterpoint.model.decoder import Decoder, UseHidden
 from counterpoint.model.loss import IGNORE, streamed_sum, token_logprobs, token_loss
 from counterpoint.model.objectives import group_policy, preference, signed_sum
 from counterpoint.runtime.memory.layers import layer_runs
+from counterpoint.runtime.memory.offload import PinnedHost
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.strategies.sequence.layout import SequenceLayout
 from counterpoint.training.config import TrainConfig
@@ -182,7 +183,8 @@ def _local(
     def run(model: Decoder, use: UseHidden) -> Any:
         mixed = mixing(shape, config.parallel, layout, processes.sequence, timeline)
         masks = [AttentionMask(window=shape.window(i), documents=layout.documents) for i in shape.layers]
-        runs = layer_runs(config.memory.policy, len(masks), masks if size == 1 else None)
+        tier = PinnedHost.of(device) if device.type == "cuda" else None
+        runs = layer_runs(config.memory.policy, len(masks), masks if size == 1 else None, tier)
         positions = mixed.positions.position_ids(rank).to(device)
         with _precision(config, processes):
             return model(tokens, positions, mixed.attends, run=runs, use=use, moves=mixed.moves)

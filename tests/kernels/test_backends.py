@@ -227,3 +227,17 @@ def test_every_kernel_that_takes_a_problem_on_this_gpu_is_correct(mask, dtype) -
                 said = choice.wrong(backend, data.args(which), which)
                 assert not said or not backend.name.startswith("triton"), f"{backend.name}, {which}: {said}"
         assert choose(problem, "forward").name != "plain"
+
+
+@pytest.mark.parametrize("groups", [(), (1, 3)])
+@pytest.mark.parametrize("name", [None, "plain"])
+def test_delta_serves_in_place_of_the_output(name: str | None, groups: tuple[int, ...]) -> None:
+    q, k, v, dout = (x[:, :, :4] for x in tensors(replace(ON_CPU, dtype=torch.float64), "cpu"))
+    out, lse = attend(q, k, v, AttentionMask(), groups=groups)
+    delta = (dout * out).sum(-1)
+    of_out, of_delta = (
+        attend_backward(dout, q, k, v, row, lse, AttentionMask(), groups=groups, backend=name)
+        for row in (out, delta)
+    )
+    for a, b in zip(of_delta, of_out, strict=True):
+        assert reference.error(a, b) < 1e-12

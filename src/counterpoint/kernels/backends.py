@@ -52,8 +52,9 @@ class Problem:
 class Backend:
     """One way to compute attention. refuses: why a problem is beyond it, empty when it is not. device: "any" too.
 
-    deterministic: the backward gives the same bits every time. variant: one more way to tune the backend before it,
-    tried when asked for. compiles: torch.compile has to run first, so it is tried when asked for.
+    deterministic: the backward gives the same bits every time. takes_delta: rowsum(dout * out), (B, S, H), does for
+    out. variant: one more way to tune the backend before it, tried when asked for. compiles: torch.compile has to run
+    first, so it is tried when asked for.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Backend:
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]  # (dout, q, k, v, out, lse, areas, scale)
     device: str = "cuda"
     deterministic: bool = True
+    takes_delta: bool = False
     variant: bool = False
     compiles: bool = False
 
@@ -144,7 +146,15 @@ def _triton(index: int) -> Backend:
         return triton_attention.backward(dout, q, k, v, out, lse, areas, scale, plan)
 
     name = f"triton-{index + 1}" if index else "triton"
-    return Backend(name, refuses, attend, attend_backward, deterministic=index != ATOMIC, variant=index > 0)
+    return Backend(
+        name,
+        refuses,
+        attend,
+        attend_backward,
+        deterministic=index != ATOMIC,
+        takes_delta=True,
+        variant=index > 0,
+    )
 
 
 def table() -> tuple[Backend, ...]:

@@ -67,6 +67,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of one block, in float32, given the whole row's out and logsumexp.
 
+    out: the output, or delta = rowsum(dout * out) (B, S, H), which is all that is needed of it.
     Summed over the blocks of a row (dq) or a column (dk, dv) they are the gradients of the whole attention. dk and
     dv are summed over the query heads that share a key/value head. backend: as in `attend`. The same bits come out
     every time where torch.use_deterministic_algorithms is on.
@@ -84,6 +85,8 @@ def attend_backward(
         return dq, dk, dv
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     chosen = _backend(q, k, areas, scale, backend, "backward")
+    if out.ndim == 3 and not chosen.takes_delta:
+        out = output_standing_in(dout, out)
     return chosen.backward(dout, q, k, v, out, lse, areas, scale)
 
 

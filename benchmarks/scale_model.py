@@ -29,7 +29,7 @@ from counterpoint.cluster.cluster import Cluster
 from counterpoint.cluster.load import parse_cluster
 from counterpoint.cluster.presets import find_cluster
 from counterpoint.emulation.emulate import emulate, emulate_all
-from counterpoint.emulation.result import to_json
+from counterpoint.emulation.result import LATE, to_json
 from counterpoint.planner.attention import Question, plan_attention
 from counterpoint.strategies.sequence.attention import AttentionProblem, parse_choices
 from counterpoint.strategies.sequence.blocks import AttentionShape
@@ -68,7 +68,7 @@ def main() -> None:
         if args.cluster
         else [parse_cluster(CLUSTER.format(link=link), link) for link in args.links]
     )
-    found, errors, spreads, late, chosen_well, sweep = [], [], [], [], [], []
+    found, errors, calm, spreads, late, chosen_well, sweep = [], [], [], [], [], [], []
     for cluster, ranks in ((c, n) for c in clusters for n in args.ranks):
         configurations = [
             Configuration(cluster.name, ranks, kv_heads, size)
@@ -85,6 +85,7 @@ def main() -> None:
                 late.append(max(x for p in run.passes for x in p.late))
                 spread = sum(max(p.measured) - min(p.measured) for p in run.passes) / seconds
                 errors += [abs(p.error) for p in run.passes]
+                calm += [abs(p.error) for p in run.passes if max(p.late) <= LATE]
                 spreads.append(spread)
                 times[name] = seconds / run.scale.slowdown
                 parts.append(
@@ -94,6 +95,7 @@ def main() -> None:
                 found.append({"link": cluster.name, "kv_heads": configuration.kv_heads, **to_json(run)})
             chosen_well.append(times[chosen] <= 1.05 * min(times.values()))
             print(f"{configuration}, planned {chosen}: {'; '.join(parts)}", flush=True)
+    calm = calm or errors
     summary = {
         "compute": compute,
         "configurations": len(sweep),
@@ -102,6 +104,9 @@ def main() -> None:
         "median_error": statistics.median(errors),
         "percentile_90_error": statistics.quantiles(errors, n=10)[-1] if len(errors) > 1 else errors[0],
         "largest_error": max(errors),
+        "undisturbed_runs": len(calm),
+        "undisturbed_median_error": statistics.median(calm),
+        "undisturbed_percentile_90_error": statistics.quantiles(calm, n=10)[-1] if len(calm) > 1 else calm[0],
         "median_spread": statistics.median(spreads),
         "largest_spread": max(spreads),
         "median_kernels_late": statistics.median(late),
@@ -114,6 +119,10 @@ def main() -> None:
         f"{max(errors):.1%}; spread of {args.repetitions} repetitions: median {summary['median_spread']:.1%}, largest "
         f"{max(spreads):.1%}; kernels that took longer than they should cost up to {max(late):.1%} of a pass "
         f"(median {statistics.median(late):.1%}), which shows what other programs on this machine did"
+    )
+    print(
+        f"of the {len(calm)} runs in which that is at most {LATE:.0%}: median error "
+        f"{summary['undisturbed_median_error']:.1%}, 90th percentile {summary['undisturbed_percentile_90_error']:.1%}"
     )
     print(
         f"the strategy that plan attention chooses is within 5 % of the best measured in {sum(chosen_well)} "

@@ -43,7 +43,7 @@ class Workers:
 
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["torch", "torch.distributed.device_mesh", "counterpoint.runtime.attention"]
+            ["torch", "torch._dynamo", "torch.distributed.fsdp", "counterpoint.runtime.attention"]
         )
         self.world_size = world_size
         self.store = (

@@ -69,10 +69,12 @@ def train(
 def check(settings) -> None:
     """Finds mistakes in what a configuration points to before any worker starts; ValueError or OSError."""
     from counterpoint.training.model import check_attention, check_memory, model_config
+    from counterpoint.training.ragged.lengths import check_batching
 
     shape = model_config(settings.model)
     check_attention(settings, shape)
     check_memory(settings, shape)
+    check_batching(settings)
 
 
 def _finish(worker, settings) -> None:

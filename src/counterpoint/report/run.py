@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from counterpoint.planner.batch import BatchPlan
 from counterpoint.report.chart import LineChart
 from counterpoint.report.page import write_report
 from counterpoint.report.sections import Section, Table
@@ -40,7 +41,8 @@ def report_run(
     shown = {f"step {step}": _read(file) for step, file in sorted(found.items())[-timelines:]}
     config = directory / "config.yaml"
     settings = [Section("Configuration", preformatted=config.read_text())] if config.exists() else []
-    about = [*training_sections(metrics), *sections, *settings]
+    groups = [section for name, line in shown.items() for section in group_sections(name, line)]
+    about = [*training_sections(metrics), *groups, *sections, *settings]
     title = title or f"Training run {directory.resolve().name}"
     return write_report(path or directory / "report.html", shown, title=title, sections=about)
 
@@ -75,6 +77,22 @@ def training_sections(metrics: Sequence[dict[str, Any]]) -> list[Section]:
         speed_chart = LineChart({"tokens per second": speed}, "step", "tokens per second", from_zero=True)
         made.append(Section("Speed", chart=speed_chart))
     return made
+
+
+def group_sections(name: str, timeline: Timeline) -> list[Section]:
+    """Who shared which sequences in a step with ragged batches; empty for other steps."""
+    if "plan" not in timeline.meta:
+        return []
+    plan = BatchPlan.from_json(timeline.meta["plan"])
+    rows = []
+    for number, row in enumerate(plan.micro_batches, 1):
+        for group in row.groups:
+            lengths = [plan.lengths[i] for i in group.sequences]
+            ranks = ", ".join(map(str, group.ranks))
+            cells = (len(lengths), sum(lengths), max(lengths), sum(lengths) / len(group.ranks))
+            rows.append((str(number), ranks, *(f"{n:,.0f}" for n in cells), f"{group.offload:.0%}"))
+    header = ["micro-batch", "ranks", "sequences", "tokens", "longest", "tokens per rank", "offloaded"]
+    return [Section(f"Groups of {name}, planned by {plan.solver}", table=Table(header, rows))]
 
 
 def _series(metrics: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:

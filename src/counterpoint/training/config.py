@@ -26,6 +26,11 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 
+def _batching(value: Any) -> Any:
+    """`batching: flexsp` for `batching: {solver: flexsp}`."""
+    return {"solver": value or "none"} if value is None or isinstance(value, str) else value
+
+
 def _strategies(value: Any) -> Any:
     """Names with options, one per sequence axis: "ring/tokenring(packets=4)" or a list of them."""
     if value is None or not isinstance(value, str | list | tuple):
@@ -143,6 +148,46 @@ class LossConfig(Section):
     )
 
 
+class BatchingConfig(Section):
+    solver: Literal["none", "static", "flexsp"] = Field(
+        "none", description="none: packed sequences of one length; else who plans batches of whole documents"
+    )
+    tokens: int | None = Field(
+        None, ge=1, description="most tokens of a batch of documents; null: global_batch x sequence_length"
+    )
+    sequences: int | None = Field(None, ge=1, description="documents of a batch, in the place of tokens")
+    lengths: str | None = Field(
+        None, min_length=1, description="a file with lengths, one a line: text is cut into such sequences"
+    )
+    tokens_per_rank: int | None = Field(
+        None, ge=1, description="tokens a process can hold; null: sequence_length / parallel.sequence"
+    )
+    cluster: str | None = Field(
+        None, min_length=1, description="preset or file to plan for; null: this machine, by rough figures"
+    )
+    ahead: int = Field(2, ge=0, description="batches that are planned ahead of the next one")
+    workers: int = Field(1, ge=1, description="processes that plan")
+
+    @property
+    def ragged(self) -> bool:
+        """Whether batches hold whole documents, each step by its own plan."""
+        return self.solver != "none"
+
+    @model_validator(mode="after")
+    def _check(self) -> BatchingConfig:
+        if self.tokens is not None and self.sequences is not None:
+            raise ValueError(
+                f"batching.tokens = {self.tokens} and batching.sequences = {self.sequences}: a batch is measured in "
+                "one of them; leave the other out"
+            )
+        useless = [name for name in ("tokens", "sequences", "lengths") if getattr(self, name) is not None]
+        if useless and not self.ragged:
+            raise ValueError(
+                f"batching.{useless[0]} is for ragged batches, and batching.solver is none; name a solver"
+            )
+        return self
+
+
 class OptimizerConfig(Section):
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     min_lr: float = Field(1e-4, ge=0, description="learning rate at the last step")
@@ -214,6 +259,7 @@ class TrainConfig(Section):
     )
     data: DataConfig = DataConfig()  # type: ignore[call-arg]
     parallel: ParallelConfig = ParallelConfig()  # type: ignore[call-arg]
+    batching: Annotated[BatchingConfig, BeforeValidator(_batching)] = BatchingConfig()  # type: ignore[call-arg]
     optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
     training: TrainingConfig = TrainingConfig()  # type: ignore[call-arg]
     memory: MemoryConfig = MemoryConfig()  # type: ignore[call-arg]
@@ -229,8 +275,18 @@ class TrainConfig(Section):
                 f"optimizer.warmup = {warmup} exceeds training.steps = {self.training.steps}; "
                 "shorten the warm-up"
             )
+        if self.batching.ragged and self.loss.objective != "pretrain":
+            raise ValueError(
+                f"loss.objective = {self.loss.objective} packs its own examples, and batching = "
+                f"{self.batching.solver} takes whole documents; use batching none"
+            )
+        if self.batching.ragged and len(self.parallel.sequence) > 1:
+            raise ValueError(
+                f"parallel.sequence = {list(self.parallel.sequence)} has two axes, and groups of batching = "
+                f"{self.batching.solver} have one; give one number"
+            )
         data = self.parallel.data
-        if data != "auto" and self.training.global_batch % data:
+        if data != "auto" and not self.batching.ragged and self.training.global_batch % data:
             raise ValueError(
                 f"training.global_batch = {self.training.global_batch} does not divide over "
                 f"parallel.data = {data}; make it a multiple"
@@ -249,6 +305,14 @@ class TrainConfig(Section):
                 f"{max(data, 1) * sequence} processes or change parallel.data, parallel.sequence"
             )
         return TrainConfig.model_validate(_merge(self.model_dump(), {"parallel": {"data": data}}))
+
+    @property
+    def processes(self) -> ParallelConfig:
+        """The mesh to lay over the processes: with ragged batches any of them may share a sequence."""
+        if not self.batching.ragged or self.parallel.data == "auto":
+            return self.parallel
+        size = self.parallel.data * self.parallel.sequence_size
+        return self.parallel.model_copy(update={"data": 1, "sequence": (size,)})
 
     def to_yaml(self, comments: bool = False) -> str:
         """The configuration as YAML that reads back equal, with what every key means when `comments`."""
@@ -323,12 +387,14 @@ def parse_override(item: str) -> dict[str, Any]:
 
 
 # ---- helpers -----------------------------------------------------------------------------------------
-def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
+        if key == "batching" and not depth:
+            old, value = _batching(old), _batching(value)
         if isinstance(value, dict) and isinstance(old, dict):
-            merged[key] = _merge(old, value)
+            merged[key] = _merge(old, value, depth + 1)
         else:
             merged[key] = value
     return merged

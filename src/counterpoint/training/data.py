@@ -81,6 +81,11 @@ class PackedStream:
 
         Raises ValueError when corpus, vocabulary, sequence_length or seed are not those of the state.
         """
+        if state.get("kind", "packed") != "packed":
+            raise ValueError(
+                "the data position belongs to a run with ragged batches, this run packs sequences (batching none); "
+                "restore it, or begin a new run"
+            )
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"data position of version {state.get('version')}; known is {_STATE_VERSION}")
         for key, value in self._identity.items():

@@ -28,7 +28,7 @@ class Metrics:
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
-                if value is not None:
+                if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
 
     def close(self) -> None:

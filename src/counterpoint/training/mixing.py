@@ -51,11 +51,15 @@ def mixing(
     layout: SequenceLayout,
     mesh: DeviceMesh | None,
     timeline: Timeline | None,
+    ranks: tuple[int, ...] | None = None,
 ) -> Mixing:
-    """The layers of a model over a sequence in `layout`; mesh: of the processes that share it."""
+    """The layers of a model over a sequence in `layout`; mesh: of the processes that share it, ranks: those that do.
+
+    Linear attention is shared by all of them or none: with several ranks given, every layer must be a softmax layer.
+    """
     forward, backward = parallel.strategies
     shared = {"mesh": mesh, "timeline": timeline, "timeout": parallel.timeout}
-    attend = partial(attention, layout=layout, forward=forward, backward=backward, **shared)
+    attend = partial(attention, ranks=ranks, layout=layout, forward=forward, backward=backward, **shared)
     layouts = layer_layouts(shape, layout)
     attends: list[Attend | Mix] = [
         _States(layouts[layer], mesh, parallel.linear, timeline, parallel.timeout)

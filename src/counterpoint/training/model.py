@@ -61,13 +61,23 @@ def check_attention(config: TrainConfig, shape: ModelConfig) -> None:
             f"data.sequence_length = {length} exceeds the model's max_position_embeddings = "
             f"{shape.max_position_embeddings}; shorten it or raise the model's"
         )
-    if length < parallel.sequence_size:
+    if config.batching.ragged:
+        size = parallel.sequence_size * (1 if parallel.data == "auto" else parallel.data)
+        layout, mesh = SequenceLayout("document-zigzag", max(length, size), size), (size,)
+    else:
+        size, mesh = parallel.sequence_size, parallel.sequence
+        layout = SequenceLayout(parallel.layout, max(length, size), size)
+    if length < size and not config.batching.ragged:
         raise ValueError(
-            f"data.sequence_length = {length} leaves some of {parallel.sequence_size} processes "
-            "without tokens; raise it"
+            f"data.sequence_length = {length} leaves some of {size} processes without tokens; raise it"
         )
-    if parallel.sequence_size == 1:
+    if size == 1:
         return
+    if config.batching.ragged and any(shape.is_linear(layer) for layer in shape.layers):
+        raise ValueError(
+            f"batching = {config.batching.solver} shares sequences between groups of processes, which linear "
+            "attention layers cannot; use batching none, or one process"
+        )
     if any(shape.is_linear(layer) for layer in shape.layers):
         _check_linear(config, shape)
     if all(shape.is_linear(layer) for layer in shape.layers):
@@ -76,8 +86,8 @@ def check_attention(config: TrainConfig, shape: ModelConfig) -> None:
     forward, backward = map(parse_choices, parallel.strategies)
     problem = AttentionProblem(
         AttentionShape(1, heads, kv_heads, shape.head_dim, "float32", None),
-        SequenceLayout(parallel.layout, length, parallel.sequence_size),
-        parallel.sequence,
+        layout,
+        mesh,
         forward,
         backward,
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from counterpoint.training.metrics import Metrics
-from counterpoint.training.step import StepResult
+from counterpoint.training.step import PlanResult, StepResult
 
 
 class Reporter:
@@ -61,6 +63,8 @@ class Reporter:
             "tokens": tokens,
             "exposed": result.exposed,
         }
+        if result.plan is not None:
+            values |= plan_values(result.plan)
         self.metrics.write(step, values)
         parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}", f"loss {result.loss:.4f}"]
         parts += [
@@ -70,6 +74,8 @@ class Reporter:
         ]
         if result.exposed is not None:
             parts.append(f"exposed {result.exposed:.0%}")
+        if result.plan is not None:
+            parts.append(plan_text(result.plan))
         self.say("  ".join([*parts, f"left {self._left(step)}"]))
 
     def log_validation(self, step: int, loss: float) -> None:
@@ -83,6 +89,34 @@ class Reporter:
         seconds = (time.monotonic() - self._began) / max(1, done) * (self.steps - step)
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def plan_values(result: PlanResult) -> dict[str, Any]:
+    """What is written down of a plan: its sizes, its time as planned and as measured."""
+    plan = result.plan
+    return {
+        "sequences": len(plan.lengths),
+        "micro_batches": len(plan.micro_batches),
+        "groups": [[len(group.ranks) for group in row.groups] for row in plan.micro_batches],
+        "planned_seconds": plan.seconds,
+        "measured_seconds": result.seconds,
+        "plan_wait_seconds": result.waited,
+    }
+
+
+def plan_text(result: PlanResult) -> str:
+    """Micro-batches with the sizes of their groups, equal ones once, and the planned time beside the measured one."""
+    plan = result.plan
+    rows = Counter(
+        " + ".join(
+            f"{n}x{size}"
+            for size, n in sorted(Counter(len(g.ranks) for g in row.groups).items(), reverse=True)
+        )
+        for row in plan.micro_batches
+    )
+    groups = ", ".join(f"{n} of {row}" if n > 1 else row for row, n in rows.items())
+    planned = f"planned {plan.seconds:.3g} s, " if plan.seconds else ""
+    return f"{len(plan.lengths)} sequences in groups {groups} ({planned}took {result.seconds:.3g} s)"
 
 
 def warn(text: str) -> None:

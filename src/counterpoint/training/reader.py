@@ -33,8 +33,9 @@ class TokenReader:
         self.corpus, self.tokenizer, self.seed = corpus, tokenizer, seed
         self.lengths: dict[
             int, int
-        ] = {}  # tokens of the documents seen, so that `skip` need not read them again
-        self.seek(Position())
+        ] = {}  # tokens of the documents seen, so that they need not be read again to be counted
+        self._begin_epoch(0)
+        self._begin_document(0)
 
     @property
     def position(self) -> Position:
@@ -42,7 +43,10 @@ class TokenReader:
 
     def seek(self, position: Position) -> None:
         """Go to a position that was read from a reader of the same corpus, tokenizer and seed."""
-        self._begin_epoch(position.epoch)
+        if position == self.position:
+            return
+        if position.epoch != self._epoch:
+            self._begin_epoch(position.epoch)
         self._begin_document(position.turn)
         if position.piece or position.offset:
             self._open(position.piece)
@@ -65,15 +69,19 @@ class TokenReader:
             if limit == 0:
                 return Segment(np.concatenate(parts), int(self._buffer[self._offset]))
 
+    def count(self, limit: int) -> int:
+        """Pass over what `take` would give, and say how many tokens that is; documents seen before are not read."""
+        self._skip_blank()
+        known = self.lengths.get(self._document) if len(self._buffer) == 0 else None
+        if known is None or known > limit:
+            return len(self.take(limit).tokens)
+        self._begin_document(self._turn + 1)
+        return known
+
     def skip(self, tokens: int) -> None:
         """Pass over tokens; documents whose length is known from before are not read."""
         while tokens:
-            known = self.lengths.get(self._document) if len(self._buffer) == 0 else None
-            if known is not None and known <= tokens:
-                self._begin_document(self._turn + 1)
-                tokens -= known
-            else:
-                tokens -= len(self.take(tokens).tokens)
+            tokens -= self.count(tokens)
 
     # ---- the document at hand: not opened yet while the buffer is empty ------------------------
     @property
@@ -114,6 +122,13 @@ class TokenReader:
         self._piece += 1
         if not ids:  # a tokenizer may drop a piece of blanks altogether
             self._load_piece()
+
+    def _skip_blank(self) -> None:
+        """Pass over documents that are known to be blank."""
+        for _ in range(len(self._order)):
+            if len(self._buffer) or self.lengths.get(self._document) != 0:
+                return
+            self._begin_document(self._turn + 1)
 
     def _find_text(self) -> None:
         """Open the document at hand, or the next one that has text."""

@@ -3,12 +3,12 @@
 Every rank sees the same stream of packed sequences. Of a global batch, replica d of D takes sequences
 d, d + D, ...; the processes of a replica share each sequence token by token, as the layout says. The loss is
 the mean over all tokens (or pairs, or groups) of the global batch, so it does not depend on how the work is split.
+Ragged batches (training/ragged) are shared by the groups of their plans instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from counterpoint.model.config import ModelConfig
 from counterpoint.model.decoder import Decoder, UseHidden
 from counterpoint.model.loss import IGNORE, streamed_sum, token_logprobs, token_loss
 from counterpoint.model.objectives import group_policy, preference, signed_sum
+from counterpoint.planner.batch import BatchPlan
 from counterpoint.runtime.memory.layers import layer_runs
 from counterpoint.runtime.memory.offload import PinnedHost
 from counterpoint.schedule.timeline import Timeline
@@ -33,8 +34,20 @@ from counterpoint.training.mesh import Processes
 from counterpoint.training.mixing import layer_layouts, mixing
 from counterpoint.training.optimizer import clip_gradients
 from counterpoint.training.packing import Batch
+from counterpoint.training.precision import computes_in_half, precision
+from counterpoint.training.ragged.source import RaggedBatches
+from counterpoint.training.ragged.step import ragged_gradients, ragged_losses
 
 Stream = PackedStream | ExampleStream
+
+
+@dataclass(frozen=True, slots=True)
+class PlanResult:
+    """The plan of a ragged batch; the seconds its micro-batches took, and those that training waited for it."""
+
+    plan: BatchPlan
+    seconds: float
+    waited: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,50 +59,78 @@ class StepResult:
     gradient_norm: float
     exposed: float | None
     tokens: int
+    plan: PlanResult | None = None
 
 
 def train_step(
     model: Decoder,
     optimizer: torch.optim.Optimizer,
-    stream: Stream,
+    stream: Stream | RaggedBatches,
     config: TrainConfig,
     processes: Processes,
     timeline: Timeline | None = None,
     reference: Decoder | None = None,
 ) -> StepResult:
     """One optimizer step over a global batch; spans of its attention are added to `timeline`."""
+    plan = None
+    if isinstance(stream, RaggedBatches):
+        batch = next(stream)
+        losses, count, seconds = ragged_gradients(model, batch, stream.stream, config, processes, timeline)
+        tokens, plan = batch.plan.tokens, PlanResult(batch.plan, processes.largest(seconds), batch.waited)
+    else:
+        losses, count, tokens = packed_gradients(model, stream, config, processes, timeline, reference)
+    norm = clip_gradients(model, config.optimizer.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    total, exposed, traffic = processes.sum(losses, *_communication(timeline))
+    return StepResult(total / count, norm, exposed / traffic if traffic else None, tokens, plan)
+
+
+def packed_gradients(
+    model: Decoder,
+    stream: Stream,
+    config: TrainConfig,
+    processes: Processes,
+    timeline: Timeline | None = None,
+    reference: Decoder | None = None,
+) -> tuple[float, int, int]:
+    """Backward passes of a global batch of sequences.
+
+    Returns the sum of this rank's losses, what they are a mean over on all ranks (at least 1), and the tokens.
+    """
     batches = list(own_sequences(stream, config.training.global_batch, processes))
     tokens = sum(b.tokens.shape[1] for b in batches) if processes.sequence_rank == 0 else 0
     count, tokens = processes.sum(units(batches, config, processes), tokens)
-    losses = 0.0
+    count, losses = max(int(count), 1), 0.0
     for i, batch in enumerate(batches):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(i == len(batches) - 1)
         loss = sequence_loss(model, batch, config, processes, reference, timeline)
         # FSDP averages gradients over all processes; what is wanted is their sum over the count
-        (loss * (processes.world_size / max(count, 1))).backward()
+        (loss * (processes.world_size / count)).backward()
         losses += float(loss.detach())
-    norm = clip_gradients(model, config.optimizer.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    total, exposed, traffic = processes.sum(losses, *_communication(timeline))
-    return StepResult(total / max(count, 1), norm, exposed / traffic if traffic else None, int(tokens))
+    return losses, count, int(tokens)
 
 
 @torch.no_grad()
 def evaluate(
     model: Decoder,
-    stream: Stream,
+    stream: Stream | RaggedBatches,
     config: TrainConfig,
     processes: Processes,
     reference: Decoder | None = None,
 ) -> float:
     """Mean loss on the next `evaluate_batches` global batches of a stream."""
-    n = config.training.evaluate_batches * config.training.global_batch
+    batches = config.training.evaluate_batches
     losses, count = 0.0, 0
-    for batch in own_sequences(stream, n, processes):
-        losses += float(sequence_loss(model, batch, config, processes, reference))
-        count += units([batch], config, processes)
+    if isinstance(stream, RaggedBatches):
+        for _ in range(batches):
+            more, counted = ragged_losses(model, next(stream), stream.stream, config, processes)
+            losses, count = losses + more, count + counted
+    else:
+        for batch in own_sequences(stream, batches * config.training.global_batch, processes):
+            losses += float(sequence_loss(model, batch, config, processes, reference))
+            count += units([batch], config, processes)
     losses, count = processes.sum(losses, count)
     return losses / max(count, 1)
 
@@ -156,7 +197,7 @@ def shard(model: Decoder, config: TrainConfig, processes: Processes, frozen: boo
     if processes.state is None:
         return model
     policy = MixedPrecisionPolicy()
-    if _half(config, processes):
+    if computes_in_half(config, processes):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=processes.state, mp_policy=policy)
@@ -186,22 +227,10 @@ def _local(
         tier = PinnedHost.of(device) if device.type == "cuda" else None
         runs = layer_runs(config.memory.policy, len(masks), masks if size == 1 else None, tier)
         positions = mixed.positions.position_ids(rank).to(device)
-        with _precision(config, processes):
+        with precision(config, processes):
             return model(tokens, positions, mixed.attends, run=runs, use=use, moves=mixed.moves)
 
     return run, labels, values
-
-
-def _half(config: TrainConfig, processes: Processes) -> bool:
-    wanted = config.training.precision
-    return wanted == "bfloat16" or (wanted == "auto" and processes.device.type == "cuda")
-
-
-def _precision(config: TrainConfig, processes: Processes) -> AbstractContextManager[Any]:
-    # over several processes FSDP casts; a single one uses autocast
-    if processes.state is None and _half(config, processes):
-        return torch.autocast(processes.device.type, torch.bfloat16)
-    return nullcontext()
 
 
 def _communication(timeline: Timeline | None) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from counterpoint.model.config import ModelConfig
 from counterpoint.model.decoder import Decoder
+from counterpoint.planner.batch import BatchPlan
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.training import checkpoint
 from counterpoint.training.config import TrainConfig
@@ -24,6 +26,10 @@ from counterpoint.training.metrics import Metrics
 from counterpoint.training.model import check_attention, check_memory, model_config
 from counterpoint.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from counterpoint.training.progress import Reporter, warn
+from counterpoint.training.ragged.lengths import check_batching, read_lengths
+from counterpoint.training.ragged.source import Planner, RaggedBatches
+from counterpoint.training.ragged.step import LAYOUT
+from counterpoint.training.ragged.stream import BatchSize, RaggedStream
 from counterpoint.training.start import first_model, frozen_reference
 from counterpoint.training.step import Stream, evaluate, shard, train_step
 from counterpoint.training.tokenizer import Tokenizer, open_tokenizer
@@ -39,7 +45,7 @@ class Run:
     shape: ModelConfig
     model: Decoder
     optimizer: torch.optim.Optimizer
-    stream: Stream
+    stream: Stream | RaggedBatches
     step: int = 0
     tokens: int = 0
     saved: int = 0
@@ -57,7 +63,7 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
     user can mend, and FloatingPointError when the loss is no longer a number.
     """
     steps, training = config.training.steps, config.training
-    with StopSignal() as stop, open_processes(config.parallel, worker) as processes:
+    with StopSignal() as stop, open_processes(config.processes, worker) as processes, ExitStack() as closing:
         directory = Path(config.directory)
         corpus = open_documents(config)
         tokenizer = prepare_tokenizer(config, corpus, directory / "tokenizer", processes)
@@ -65,11 +71,13 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
         shape = model_config(config.model, tokenizer.vocab_size)
         check_attention(config, shape)
         check_memory(config, shape, processes.device.type)
-        stream, held_out = (partial(open_stream, config, corpus.split(s), tokenizer) for s in _SPLITS)
+        check_batching(config)
+        planner = closing.enter_context(start_planner(config, shape, processes))
+        opened = partial(open_batches, config, tokenizer, processes, planner)
         reference = frozen_reference(config, shape, processes)
         model = shard(first_model(config, shape), config, processes)
         optimizer = make_optimizer(model, config.optimizer)
-        run = Run(config, processes, directory, shape, model, optimizer, stream())
+        run = Run(config, processes, directory, shape, model, optimizer, opened(corpus.split("train")))
         resume(run)
 
         processes.first(lambda: (directory / "config.yaml").write_text(config.to_yaml()))
@@ -94,9 +102,10 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
                     reporter.log(run.step, result, lr, speed, run.tokens)
                     seconds, counted = 0.0, run.tokens
                 if timeline is not None and run.step in config.metrics.timeline_steps:
-                    write_timeline(timeline, run)
+                    write_timeline(timeline, run, None if result.plan is None else result.plan.plan)
                 if is_due(run.step, training.evaluate_every, steps):
-                    loss = evaluate(model, held_out(), config, processes, reference)
+                    held_out = opened(corpus.split("validation"), ahead=0)
+                    loss = evaluate(model, held_out, config, processes, reference)
                     reporter.log_validation(run.step, loss)
                 if is_due(run.step, config.checkpoint.every, steps):
                     save(run)
@@ -110,9 +119,6 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
 
 
 # ---- setting up --------------------------------------------------------------------------------------
-_SPLITS = ("train", "validation")
-
-
 def prepare_tokenizer(config: TrainConfig, corpus: Corpus, folder: Path, processes: Processes) -> Tokenizer:
     """The run's tokenizer: made by one process when it is not there yet, then read by all."""
     open_it = partial(open_tokenizer, config.data.tokenizer, corpus, folder, config.data.vocabulary)
@@ -140,6 +146,38 @@ def open_stream(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> St
     if objective != "pretrain":
         return ExampleStream(corpus, tokenizer, objective, data.sequence_length, seed)
     return PackedStream(corpus, tokenizer, data.sequence_length, seed, data.document_masking)
+
+
+def open_batches(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    processes: Processes,
+    planner: Planner | None,
+    corpus: Corpus,
+    ahead: int | None = None,
+) -> Stream | RaggedBatches:
+    """Packed sequences of a corpus, or ragged batches with their plans, `ahead` of them planned in advance."""
+    data, batching = config.data, config.batching
+    if not batching.ragged:
+        return open_stream(config, corpus, tokenizer)
+    tokens = (
+        None if batching.sequences else batching.tokens or config.training.global_batch * data.sequence_length
+    )
+    size = BatchSize(tokens, batching.sequences)
+    lengths = () if batching.lengths is None else tuple(read_lengths(batching.lengths).values())
+    stream = RaggedStream(corpus, tokenizer, size, data.sequence_length, config.training.seed, lengths)
+    return RaggedBatches(stream, planner, processes, batching.ahead if ahead is None else ahead)
+
+
+def start_planner(
+    config: TrainConfig, shape: ModelConfig, processes: Processes
+) -> AbstractContextManager[Planner | None]:
+    """What plans ragged batches, on rank 0; None on the others and for packed sequences."""
+    if not config.batching.ragged or processes.rank:
+        return nullcontext()
+    from counterpoint.training.ragged.planning import planning
+
+    return planning(config, shape, processes.world_size)
 
 
 def resume(run: Run) -> None:
@@ -195,12 +233,12 @@ def is_due(step: int, every: int, steps: int) -> bool:
 
 def wanted_timeline(config: TrainConfig, step: int) -> Timeline | None:
     """A timeline to record this step in, if anybody will read it."""
-    exposed = config.metrics.exposed and config.parallel.sequence_size > 1
+    exposed = config.metrics.exposed and config.processes.sequence_size > 1
     logged = is_due(step, config.training.log_every, config.training.steps)
     return Timeline() if (exposed and logged) or step in config.metrics.timeline_steps else None
 
 
-def write_timeline(timeline: Timeline, run: Run) -> None:
+def write_timeline(timeline: Timeline, run: Run, plan: BatchPlan | None = None) -> None:
     """The timelines of all ranks as one, for reading back (.json) and for Perfetto (.perfetto.json)."""
     parallel, folder = run.config.parallel, run.directory / "timelines"
     # the runtime numbers ranks within a replica
@@ -218,6 +256,8 @@ def write_timeline(timeline: Timeline, run: Run) -> None:
             "sequence": list(parallel.sequence),
             "sequence_length": run.config.data.sequence_length,
         }
+        if plan is not None:
+            whole.meta |= {"layout": LAYOUT, "plan": plan.to_json()}
         folder.mkdir(exist_ok=True)
         whole.write(folder / f"step-{run.step:08d}.json")
         whole.write_perfetto(folder / f"step-{run.step:08d}.perfetto.json")
@@ -246,8 +286,20 @@ def headline(run: Run) -> str:
     start = f"resuming after step {run.step}" if run.step else "starting"
     axes = " x ".join(map(str, (processes.data_size, *config.parallel.sequence)))
     how = f", {'/'.join(config.parallel.strategies[0])}" if processes.sequence_size > 1 else ""
-    return (
-        f"{start}: {run.shape.parameters():,} parameters, {config.training.global_batch} sequences of "
-        f"{config.data.sequence_length:,} tokens per step, {axes} processes (data x sequence){how}, "
-        f"{processes.device.type}"
-    )
+    length = config.data.sequence_length
+    if isinstance(run.stream, RaggedBatches):
+        size = run.stream.stream.size
+        most = (
+            f"{size.sequences:,} sequences"
+            if size.sequences
+            else f"up to {size.tokens:,} tokens in sequences"
+        )
+        work = f"{most} of at most {length:,} tokens per step, planned by {config.batching.solver} for"
+        where = f"{processes.world_size} processes"
+    else:
+        work, where = (
+            f"{config.training.global_batch} sequences of {length:,} tokens per step,",
+            f"{axes} processes",
+        )
+        where += " (data x sequence)"
+    return f"{start}: {run.shape.parameters():,} parameters, {work} {where}{how}, {processes.device.type}"

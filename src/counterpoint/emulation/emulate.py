@@ -36,7 +36,7 @@ from counterpoint.strategies.sequence.attention import AttentionProblem, backwar
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """Turns stop signals into SystemExit, so that everything is taken down on the way out; a second one is ignored."""
     import threading
 
@@ -88,7 +88,7 @@ def emulate(
     return found
 
 
-@_stoppable()
+@stoppable()
 def emulate_all(
     cluster: Cluster,
     problems: Sequence[AttentionProblem],
@@ -146,8 +146,8 @@ def emulate_all(
                 + 10 * max(t.longest * scale.slowdown for t, (_, scale) in zip(targets, parts, strict=True)),
             )
             say(f"running {world_size} ranks")
-            _launch(job, environ)
-        latency = _latency(job)
+            launch_ranks(job, environ)
+        latency = median_latency(job)
         return [
             _emulation(cluster, target, run, scale, latency, len(topology.wires))
             for target, run, (_, scale) in zip(targets, runs, parts, strict=True)
@@ -215,7 +215,8 @@ def _schedules(problem: AttentionProblem, which: Pass) -> list[Schedule]:
     return [write(problem, rank) for rank in range(problem.layout.world_size)]
 
 
-def _launch(job: Job, environ: Mapping[str, str]) -> None:
+def launch_ranks(job: Job, environ: Mapping[str, str]) -> None:
+    """Do a job on its ranks, in their namespaces. Raises WorkerFailure when one fails."""
     from counterpoint.training.launch import launch
 
     # the only address of a rank's loopback device is the one under which its peers know it
@@ -226,7 +227,7 @@ def _launch(job: Job, environ: Mapping[str, str]) -> None:
         raise SystemExit(code)
 
 
-def _latency(job: Job) -> float:
+def median_latency(job: Job) -> float:
     """Median one-way latency (s) over all pairs of ranks."""
     found: list[float] = []
     for rank in range(job.world_size):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from counterpoint.emulation.namespaces import enter
+from counterpoint.emulation.programs import Programs
 from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, forward_schedule
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Job:
     namespaces: a file for every rank's.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[Run | Programs, ...]
     namespaces: tuple[str, ...]
     directory: str
     timeout: float
@@ -107,7 +108,10 @@ def work(job: Job, rank: int) -> None:
     job.latency_file(rank).write_text(json.dumps(_latencies(transport)))
     executor = Executor(transport)
     for run in job.runs:
-        _carry_out(run, rank, executor, transport)
+        if isinstance(run, Run):
+            _carry_out(run, rank, executor, transport)
+        else:
+            run.carry_out(rank, executor, lambda: start_together(transport))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -126,12 +130,12 @@ def _carry_out(run: Run, rank: int, executor: Executor, transport: Transport) ->
         if not run.held:  # all ranks at once, as they will share the machine
             from counterpoint.emulation.real import measure
 
-            _start_together(transport)
+            start_together(transport)
             run.seconds_file(which, rank).write_text(json.dumps(measure(schedule)))
         for repetition in range(run.repetitions + 1):
             timeline = Timeline("measured")
             inputs = {value.name: _given(given, value) for value in schedule.inputs}
-            _start_together(transport)
+            start_together(transport)
             made = executor.run(schedule, inputs, timeline)
             if repetition:
                 timeline.write(run.timeline_file(which, repetition, rank))
@@ -198,7 +202,7 @@ def _latencies(transport) -> dict[int, float]:
     return found
 
 
-def _start_together(transport) -> None:
+def start_together(transport) -> None:
     """Return at the same moment on all ranks: rank 0 names one, on the clock that all processes share."""
     names = transport.exchange_count(int((time.perf_counter() + 0.05) * 1e9))
     while (left := names[0] / 1e9 - time.perf_counter()) > 0:

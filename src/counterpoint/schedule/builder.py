@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from counterpoint.kernels.kernel import Kernel, TensorSpec
 from counterpoint.schedule.schedule import Collective, Compute, Copy, Recv, Schedule, Send, Step, Value
@@ -77,6 +78,18 @@ class Builder:
         self._steps.append(Copy(value.name, output, tier, stream))
         return output
 
+    def inline(self, schedule: Schedule, given: Mapping[str, Value]) -> dict[str, Value]:
+        """All steps of another schedule of this rank, on given values for its inputs; returns its outputs by name."""
+        values = {v.name: given[v.name] for v in schedule.inputs}
+        for step in schedule.steps:
+            reads = {name: values[name].name for name in step.reads}
+            for value in step.writes:
+                values[value.name] = self._value(value.name, value.spec)
+            self._steps.append(_renamed(step, reads, values))
+        for channel in {step.channel for step in schedule.steps if isinstance(step, Send | Recv)}:
+            self._depths[channel] = max(self._depths.get(channel, 0), schedule.depth(channel))
+        return {key: values[name] for key, name in schedule.outputs.items()}
+
     def depth(self, channel: str, messages: int) -> None:
         """How many messages of a channel this rank holds or has posted at most (default 2)."""
         self._depths[channel] = messages
@@ -103,3 +116,25 @@ class Builder:
         count = self._uses.get(name, 0)
         self._uses[name] = count + 1
         return Value(f"{name}'{count}" if count else name, spec)
+
+
+def _renamed(step: Step, reads: Mapping[str, str], values: Mapping[str, Value]) -> Step:
+    """The step with other names for what it reads, and other values for what it writes."""
+
+    def written(old: Iterable[Value]) -> tuple[Value, ...]:
+        return tuple(values[v.name] for v in old)
+
+    if isinstance(step, Compute):
+        inputs = tuple(reads[name] for name in step.inputs)
+        return replace(step, inputs=inputs, outputs=written(step.outputs))
+    if isinstance(step, Send):
+        return replace(step, inputs=tuple(reads[name] for name in step.inputs))
+    if isinstance(step, Recv):
+        return replace(step, outputs=written(step.outputs))
+    if isinstance(step, Copy):
+        return replace(step, input=reads[step.input], output=values[step.output.name])
+    return replace(
+        step,
+        sends=tuple((to, tuple(reads[name] for name in names)) for to, names in step.sends),
+        recvs=tuple((source, written(made)) for source, made in step.recvs),
+    )

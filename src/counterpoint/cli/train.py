@@ -75,6 +75,10 @@ def check(settings) -> None:
     check_attention(settings, shape)
     check_memory(settings, shape)
     check_batching(settings)
+    if settings.batching.ragged:
+        from counterpoint.training.ragged.planning import batch_cost
+
+        batch_cost(settings, shape, settings.processes.sequence_size).group((0,))
 
 
 def _finish(worker, settings) -> None:

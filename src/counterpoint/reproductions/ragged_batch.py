@@ -26,9 +26,9 @@ devices:
     memory: {{hbm: {{size: 40 GB, bandwidth: 1555 GB/s, attained: 1330 GB/s}}}}
     peak: {{bfloat16: 312 TFLOP/s}}
     rates:
-      matmul: {{bfloat16: {{1 GFLOP: 40 TFLOP/s, 10 GFLOP: 140 TFLOP/s, 100 GFLOP: 225 TFLOP/s, 1 TFLOP: 255 TFLOP/s}}}}
-      attention_forward: {{bfloat16: {{1 GFLOP: 35 TFLOP/s, 10 GFLOP: 110 TFLOP/s, 100 GFLOP: 190 TFLOP/s, 1 TFLOP: 230 TFLOP/s}}}}
-      attention_backward: {{bfloat16: {{1 GFLOP: 25 TFLOP/s, 10 GFLOP: 85 TFLOP/s, 100 GFLOP: 155 TFLOP/s, 1 TFLOP: 190 TFLOP/s}}}}
+      matmul: {{bfloat16: {{1 GFLOP: 40 TFLOP/s, 10 GFLOP: 140 TFLOP/s, 100 GFLOP: 225 TFLOP/s}}}}
+      attention_forward: {{bfloat16: {{1 GFLOP: 35 TFLOP/s, 10 GFLOP: 110 TFLOP/s, 100 GFLOP: 190 TFLOP/s}}}}
+      attention_backward: {{bfloat16: {{1 GFLOP: 25 TFLOP/s, 10 GFLOP: 85 TFLOP/s, 100 GFLOP: 155 TFLOP/s}}}}
     launch: 4 us
 levels:
   - {{level: node, count: 4, link: switch, bandwidth: 100 GB/s, latency: 8 us}}

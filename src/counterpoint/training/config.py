@@ -149,7 +149,7 @@ class LossConfig(Section):
 
 
 class BatchingConfig(Section):
-    solver: Literal["none", "static", "flexsp"] = Field(
+    solver: Literal["none", "static", "dynamic_cp", "flexsp", "bytescale"] = Field(
         "none", description="none: packed sequences of one length; else who plans batches of whole documents"
     )
     tokens: int | None = Field(

@@ -12,6 +12,8 @@ from counterpoint.cluster.presets import find_cluster
 from counterpoint.model.config import ModelConfig
 from counterpoint.planner.ahead import PlanAhead, Solver
 from counterpoint.planner.batch_cost import BatchCost
+from counterpoint.planner.batch_solvers.bytescale import bytescale
+from counterpoint.planner.batch_solvers.dynamic_cp import dynamic_cp
 from counterpoint.planner.batch_solvers.flexsp import flexsp
 from counterpoint.planner.batch_solvers.static import static
 from counterpoint.training.config import TrainConfig
@@ -48,7 +50,7 @@ def solver_of(config: TrainConfig) -> Solver:
     """The function that plans a batch; the static one keeps groups of `parallel.sequence`."""
     if config.batching.solver == "static":
         return partial(static, degree=config.parallel.sequence_size)
-    return {"flexsp": flexsp}[config.batching.solver]
+    return {"flexsp": flexsp, "bytescale": bytescale, "dynamic_cp": dynamic_cp}[config.batching.solver]
 
 
 def batch_cost(config: TrainConfig, shape: ModelConfig, world_size: int) -> BatchCost:

@@ -145,8 +145,8 @@ MODEL_ONLY = (
     "from the paper's two memory tables alone, 16 GB per device; the paper's figure was measured. The tables leave out "
     "what norms and dropout keep, which tensor parallelism does not split. Counted as usual (2.5 B L H more per layer) "
     "it takes the batch ratio from 10.9 to 16.8, but the length ratios from 3.2 and 1.5 to 4.5 and 2.1; with what "
-    "dropout keeps of the scores (1.25 B Z L^2, split) they are 12.9, 3.7 and 1.7. No set of terms gives all three "
-    "published ratios, so the tables stay as they are"
+    "dropout keeps of the scores (1.25 B Z L^2, split) they are 12.9, 3.7 and 1.7. None of the eight sets of "
+    "terms that were tried gives all three published ratios, so the tables stay as they are"
 )
 
 

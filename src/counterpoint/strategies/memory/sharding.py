@@ -131,27 +131,33 @@ class Shards:
             return
         specs = self._trained[group]
         self._reduced.add(group)
-        row = None
-        if t.ranks > 1 or t.old_gradients:
-            flat = Flatten(t.count(specs), _dtype(specs))
-            row = self._one(flat, *(grads[name] for name in specs), name=f"{group}.row")
-        if row is None:
+        old = self.gradients.get(group)
+        if t.ranks == 1 and old is not None:
+            self.gradients[group] = self._added(old, specs, grads)
+            return
+        if t.ranks == 1:
             self.gradients.update({f"{group}.{name}": grads[name] for name in specs})
             return
-        old = self.gradients.get(group)
-        if (
-            old is not None and t.zero < 2
-        ):  # what earlier micro-batches left, before the ranks exchange the sum
+        flat = Flatten(t.count(specs), _dtype(specs))
+        row = self._one(flat, *(grads[name] for name in specs), name=f"{group}.row")
+        if old is not None and t.zero < 2:  # earlier micro-batches, before the ranks exchange the sum
             row = self._one(Accumulate(), old, row)
         if t.zero == 1:
             self._whole[group] = row  # all of it stays until the update
-        if t.ranks > 1:
-            row = self._reduce_scatter(row)
-        if t.ranks > 1 and t.zero == 0:
+        row = self._reduce_scatter(row)
+        if t.zero == 0:
             row = self._all_gather(row, "gradients")
         if old is not None and t.zero >= 2:
             row = self._one(Accumulate(), old, row)
         self.gradients[group] = row
+
+    def _added(self, row: Value, specs: Mapping[str, TensorSpec], grads: Values) -> Value:
+        """The row with every gradient added in its place."""
+        start, done = 0, []
+        for name, spec in specs.items():
+            done.append(self._one(Accumulate(), self._one(FlatPart(start, spec.shape), row), grads[name]))
+            start += prod(spec.shape)
+        return self._one(After(), row, *done)
 
     def held(self) -> int:
         """Bytes of the gradients of groups that have been reduced, beside those that were there from the beginning."""

@@ -15,7 +15,8 @@ from counterpoint.reproductions.memory import largest
 from counterpoint.reproductions.registry import find, load
 from counterpoint.schedule.check import check as check_schedules
 
-NAMES = ("tokenring", "ulysses", "rsa")
+NAMES = ("tokenring", "ulysses", "rsa")  # exact on several processes
+BYTES = (*NAMES, "streambp")
 
 
 def results(name: str, *kinds: str) -> list[Result]:
@@ -24,7 +25,7 @@ def results(name: str, *kinds: str) -> list[Result]:
     return list(run(checks, Bench(os.environ)))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BYTES)
 def test_bytes_come_out_to_the_last_one(name: str):
     for result in results(name, "bytes"):
         assert result.verdict == "holds", result
@@ -41,6 +42,18 @@ def test_memory_of_rsa_comes_out_except_for_the_largest_batch():
     outside = [r for r in found if r.verdict not in ("holds", "reported")]
     assert [r.check.value for r in outside] == [13.7]
     assert outside[0].check.note
+
+
+def test_streambp_is_exact_and_its_longest_sequences_come_out():
+    for result in results("streambp", "exact", "measured"):
+        assert result.verdict == "holds", result
+    checks = [
+        c for c in load(find("streambp")).checks if c.claim.startswith(("SFT 8b", "GRPO 8b", "ZeRO-2 8b, 8"))
+    ]
+    found = list(run(checks, Bench(os.environ)))
+    assert {r.verdict for r in found} == {"holds", "reported"}
+    close = {r.check.claim: r.difference for r in found if r.verdict == "holds"}
+    assert len(close) == 8 and all(abs(d) < 0.1 for d in close.values()), close
 
 
 @pytest.mark.processes

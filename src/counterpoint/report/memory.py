@@ -24,7 +24,7 @@ def draw_memory(question: Question, path: str | Path, chunks: int = 4) -> Path:
     policies = {
         "keep, all logits at once": MemoryPolicy((LayerPolicy("keep"),)),
         "recompute, all logits at once": MemoryPolicy((LayerPolicy("recompute"),)),
-        f"stream({chunks}), {question.head_tokens or 1024} logits at a time": MemoryPolicy(
+        f"stream({chunks}), logits of {question.head_tokens or 1024:,} tokens at a time": MemoryPolicy(
             (LayerPolicy("stream", chunks),), 1, question.head_tokens or 1024
         ),
     }
@@ -50,7 +50,7 @@ def draw_curves(
     if limit is not None:
         axes.axhline(limit / 1e9, color=MUTED, lw=0.8, ls="--")
         axes.text(0, limit / 1e9, f" {format_bytes(limit)}", size=8, color=MUTED, va="bottom")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.35 * max(limit or 0, *(t.peak_bytes(0) for t in curves.values())) / 1e9)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds", size=8, color=MUTED)
     axes.set_ylabel("GB on the device", size=8, color=MUTED)

@@ -15,8 +15,7 @@ from counterpoint.cluster.presets import find_cluster
 from counterpoint.model.config import ModelConfig
 from counterpoint.model.shapes import find_shape
 from counterpoint.planner.memory import first_layers, roomy
-from counterpoint.reproductions.bench import Bench
-from counterpoint.reproductions.check import Check, Reproduction, Tolerance
+from counterpoint.reproductions.check import EXACTLY, Check, Reproduction, Tolerance
 from counterpoint.reproductions.streambp_code import PublishedStream
 from counterpoint.simulator.fold import fold
 from counterpoint.simulator.simulate import simulate
@@ -322,19 +321,28 @@ def time_checks() -> list[Check]:
 
 
 def exact_checks() -> list[Check]:
-    """The streamed step's schedule, executed, against autograd: largest difference of the loss and any gradient."""
+    """A streamed step against autograd, by the schedule and by the training runtime; what autograd is left to hold."""
+    close = Tolerance(absolute=1e-12, side="at most")
 
-    def difference(bench: Bench, pieces: int) -> float:
-        from counterpoint.reproductions.streambp_exact import largest_difference
+    def found(what: str, pieces: int) -> float:
+        from counterpoint.reproductions import streambp_exact  # torch is loaded for these checks only
 
-        return largest_difference(pieces)
+        return getattr(streambp_exact, what)(pieces)
 
-    return [
+    checks = [
         Check(
-            f"D = {d}: a step's loss and all gradients against autograd, float64", 0.0, "", "section 3", "exact",
-            Tolerance(absolute=1e-12, side="at most"), lambda bench, d=d: difference(bench, d),
+            f"D = {d}: {how}: loss and all gradients against autograd, float64", 0.0, "", "section 3", "exact", close,
+            lambda bench, d=d, what=what: found(what, d),
         )
+        for how, what in (("schedule", "largest_difference"), ("training", "runtime_difference"))
         for d in (1, 2, 5, 8)
+    ]  # fmt: skip
+    return [
+        *checks,
+        Check(
+            "D = 5: bytes autograd holds between the passes over the formula's", 1.0, "x", "conformance", "measured",
+            EXACTLY, lambda bench: found("held_over_formula", 5),
+        ),
     ]  # fmt: skip
 
 

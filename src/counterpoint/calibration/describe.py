@@ -56,6 +56,16 @@ def stream_figures(calibration: Calibration) -> dict[int, dict[str, Point]]:
     return dict(sorted(found.items()))
 
 
+def core_device(size: int, series: Mapping[str, Series], slowdown: float) -> Device:
+    """A single-threaded process with so many bytes of memory, by its series (launch, matmul, memory, ...)."""
+    return _device("core", size, series, slowdown, {})
+
+
+def process_level(ranks: int, series: Mapping[str, Series]) -> Level:
+    """Processes on one machine, by the series of their messages."""
+    return _process_level(ranks, series, {}, {})
+
+
 def _device(
     name: str, size: int, series: Mapping[str, Series], slowdown: float, comments: Comments
 ) -> Device:

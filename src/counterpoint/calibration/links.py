@@ -20,8 +20,10 @@ CHANNEL = "calibrate"
 ROUNDS = 4  # of messages there and back in a schedule
 
 
-def measure_links(executor: Executor, effort: Effort, advance: Advance) -> dict[str, Series]:
-    """Series of messages between ranks 0 and 1, of all ranks exchanging at once, and of collectives.
+def measure_links(
+    executor: Executor, effort: Effort, advance: Advance, collectives: bool = True
+) -> dict[str, Series]:
+    """Series of messages between ranks 0 and 1, of all ranks exchanging at once, and of collectives if wanted.
 
     Collective over the ranks of the executor's transport; all of them return the same.
     """
@@ -47,6 +49,8 @@ def measure_links(executor: Executor, effort: Effort, advance: Advance) -> dict[
         ]
         series(f"link/{source}-{to}", cases)
     series("link/exchange", [(k, f"{_size(k)} to the next of {n}", bench.exchange(k)) for k in sizes])
+    if not collectives:
+        return found
     each = [k for k in sizes if k >= 2**13]
     for kind in ("all_gather", "all_to_all", "reduce_scatter"):
         cases = []

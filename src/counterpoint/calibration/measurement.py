@@ -126,9 +126,14 @@ class Calibration:
     def from_json(cls, text: str) -> Calibration:
         """Raises ValueError, KeyError or TypeError when the text is not what `to_json` wrote."""
         data = json.loads(text)
-        machine = Machine(**data.pop("machine"))
-        machine = replace(machine, accelerators=tuple(machine.accelerators))
+        machine = machine_from(data.pop("machine"))
         return cls(machine=machine, series=series_from(data.pop("series")), **data)
+
+
+def machine_from(data: Mapping[str, Any]) -> Machine:
+    """A machine from the plain values that JSON keeps."""
+    machine = Machine(**data)
+    return replace(machine, accelerators=tuple(machine.accelerators))
 
 
 def series_from(data: Mapping[str, Any]) -> dict[str, Series]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,14 @@ def measure_ranks(worker: Worker, plan: Path) -> None:
     """
     wanted = json.loads(plan.read_text())
     effort = Effort(**wanted["effort"])
-    torch.set_num_threads(1)
     n = worker.world_size
+    torch.set_num_threads(max(1, usable_cores() // n) if "step" in wanted else 1)
     with open_processes(ParallelConfig.model_validate({"data": 1, "sequence": [n]}), worker) as processes:
         transport = Transport(range(n), worker.rank, timeout=60.0) if n > 1 else None
         bar = Bar(f"{n} ranks at once", (STEPS_OF_DEVICE + STEPS_OF_LINKS * (n > 1)) * effort.sizes)
         shown = worker.rank == 0 and not wanted.get("check")
         with bar if shown else nullcontext():
-            measure = _check if wanted.get("check") else _calibrate
+            measure = _step if "step" in wanted else _check if wanted.get("check") else _calibrate
             result = measure(wanted, effort, bar.advance, transport, processes)
         if worker.rank == 0:
             result["series"] = {name: asdict(s) for name, s in result["series"].items()}
@@ -76,6 +76,36 @@ def _calibrate(
     links = measure_links(Executor(transport), effort, advance) if transport is not None else {}
     series = {f"core/{name}": pooled([found[name] for found, _ in everyone]) for name in found if everyone}
     return {"undisturbed": min((value for _, value in everyone), default=1.0), "series": series | links}
+
+
+def _step(
+    wanted: Mapping[str, Any],
+    effort: Effort,
+    advance: Advance,
+    transport: Transport | None,
+    processes: Processes,
+) -> dict[str, Any]:
+    """The parts of one training step; see calibration/step.py."""
+    from counterpoint.calibration.modules import measure_kernels, measure_modules
+    from counterpoint.calibration.step import kernels_of, step_from_json
+
+    step, own = step_from_json(wanted["step"]), torch.get_num_threads() == 1
+    share = Share()
+    stopwatch = Stopwatch(own=own, share=share)
+    together = _together(transport)
+    advance("modules of the model")
+    found = measure_modules(step, processes, own)
+    found |= measure_kernels(kernels_of(step), effort, advance, together, stopwatch)
+    few = replace(effort, sizes=3)
+    cpu, largest = torch.device("cpu"), 2**24
+    device = measure_device(cpu, torch.float32, largest, few, advance, together, stopwatch)
+    found |= {f"core/{name}": s for name, s in device.items()}
+    everyone = processes.gather((found, share.value))
+    links = measure_links(Executor(transport), effort, advance, collectives=False) if transport else {}
+    series = {name: pooled([found[name] for found, _ in everyone]) for name in found if everyone}
+    cores = usable_cores() / processes.world_size if own else 1.0
+    given = min((value for _, value in everyone), default=1.0) / min(1.0, cores)
+    return {"undisturbed": min(1.0, given), "series": series | links}
 
 
 def _check(

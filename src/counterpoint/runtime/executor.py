@@ -238,6 +238,7 @@ class _Run:
                 nbytes,
                 flops,
                 links,
+                self.schedule.phase(index),
             )
         )
 

@@ -165,6 +165,7 @@ class Schedule:
     """What one rank does: the values it is given, its steps, the values it hands back.
 
     donated: inputs that the schedule may write into (parameters that an optimizer updates); no other is changed.
+    phases: per step, the part of a larger whole that it belongs to ("mlp", "attention forward"); empty: nobody said.
     """
 
     name: str
@@ -175,6 +176,11 @@ class Schedule:
     steps: tuple[Step, ...]
     depths: dict[str, int] = field(default_factory=dict)
     donated: tuple[str, ...] = ()
+    phases: tuple[str, ...] = ()
+
+    def phase(self, index: int) -> str:
+        """The phase of a step, "" when nobody said."""
+        return self.phases[index] if self.phases else ""
 
     def depth(self, channel: str) -> int:
         return self.depths.get(channel, DEPTH)

@@ -13,6 +13,7 @@ from counterpoint.kernels import (  # noqa: F401 - their kernels are known by na
     flat,
     linear,
     loss,
+    module,
     norm,
     pointwise,
     projection,
@@ -42,6 +43,7 @@ def to_json(schedule: Schedule) -> dict[str, Any]:
         "steps": [_step_to_json(step) for step in schedule.steps],
         "depths": dict(schedule.depths),
         "donated": list(schedule.donated),
+        "phases": list(schedule.phases),
     }
 
 
@@ -63,7 +65,12 @@ def from_json(data: dict[str, Any]) -> Schedule:
                 raise ValueError(f"step {i} of the stored schedule cannot be read: {reason}") from None
         outputs, depths = dict(data["outputs"]), dict(data["depths"])
         rank, size, donated = data["rank"], data["world_size"], tuple(data.get("donated", ()))
-        return Schedule(data["name"], rank, size, inputs, outputs, tuple(steps), depths, donated)
+        phases = tuple(data.get("phases", ()))
+        if phases and len(phases) != len(steps):
+            raise ValueError(
+                f"the stored schedule has {len(steps)} steps and phases for {len(phases)} of them"
+            )
+        return Schedule(data["name"], rank, size, inputs, outputs, tuple(steps), depths, donated, phases)
     except KeyError as error:
         raise ValueError(f"the stored schedule has no entry {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from counterpoint.kernels.module import Module
 from counterpoint.schedule.schedule import Collective, Compute, Copy, Recv, Schedule, Send, Step
 
 
@@ -35,12 +36,18 @@ def describe(schedule: Schedule, index: int) -> str:
 
 
 def span_name(step: Step) -> str:
-    """What a picture writes on a step."""
+    """What a picture writes on a step. Of a value "layer 3/q" the last part is enough: a phase says the rest."""
     if isinstance(step, Compute):
-        return " ".join([step.label(), *step.reads[:1]])
+        # a module has one input and its name says it all
+        reads = () if isinstance(step.kernel, Module) else step.reads[:1]
+        return " ".join([step.label(), *map(_short, reads)])
     if isinstance(step, Send | Collective | Copy):
-        return f"{step.label()}: {', '.join(step.reads)}"
-    return f"{step.label()}: {', '.join(v.name for v in step.writes)}"
+        return f"{step.label()}: {', '.join(map(_short, step.reads))}"
+    return f"{step.label()}: {', '.join(_short(v.name) for v in step.writes)}"
+
+
+def _short(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _wire(schedule: Schedule, step: Step) -> str:

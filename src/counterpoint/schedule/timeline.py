@@ -24,6 +24,7 @@ class Span:
     collective) or received (recv), and `peer` the rank at the other end (None for a collective, whose
     bytes per peer stand in `links`: pairs of (destination rank, bytes sent)). For compute, `flops` is
     the kernel's work. A receive starts when it is posted, so its span includes waiting for the peer.
+    `phase` is the part of a larger whole that the step belongs to ("mlp"), "" when nobody said.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class Span:
     nbytes: int = 0
     flops: int = 0
     links: tuple[tuple[int, int], ...] = ()
+    phase: str = ""
 
     @property
     def seconds(self) -> float:
@@ -164,6 +166,7 @@ class Timeline:
                 s.nbytes,
                 s.flops,
                 s.links,
+                s.phase,
             )
             for s in self.spans
         ]

@@ -12,7 +12,7 @@ import numpy as np
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.schedule.check import check_messages
 from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, Send
-from counterpoint.simulator.cost import KernelCosts
+from counterpoint.simulator.cost import Cost, Costs, KernelCosts
 from counterpoint.simulator.fold import Symmetry
 from counterpoint.simulator.meetings import Meeting, Message, meet
 from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, SEND, TIMED, Array, Program, lists
@@ -41,7 +41,10 @@ class Compiler:
     After `finish`, `flops` and `wire` hold the work and the bytes on the wire of every step, `names` those of buffers.
     """
 
-    def __init__(self, cluster: Cluster, places: Sequence[int], symmetry: Symmetry) -> None:
+    def __init__(
+        self, cluster: Cluster, places: Sequence[int], symmetry: Symmetry, costs: Costs = KernelCosts
+    ) -> None:
+        self.costs = costs
         self.cluster, self.places, self.symmetry = cluster, places, symmetry
         self.joint = symmetry  # what schedules and cluster have in common; known after `finish`
         self.turns: list[tuple[int, ...]] = []  # from the ranks of the schedules to all that the program has
@@ -67,14 +70,14 @@ class Compiler:
         self._ends: dict[
             tuple[int, int], tuple[int, int]
         ] = {}  # by sender and receiver: the first two of a key
-        self._costs: dict[str, KernelCosts] = {}  # by name of the device
+        self._costs: dict[str, Cost] = {}  # by name of the device
 
     def add(self, schedule: Schedule) -> None:
         """The steps of one rank."""
         memory, values = schedule.memory, schedule.values
         base, device = len(self.rank), self.cluster.device(self.places[schedule.rank])
         self._add_streams(schedule, base)
-        cost = self._costs.setdefault(device.name, KernelCosts(device))
+        cost = self._costs.setdefault(device.name, self.costs(device))
         sizes = {name: value.nbytes for name, value in values.items()}
         maker: dict[str, int] = {}
         tier = {v.name: DEVICE for v in schedule.inputs}

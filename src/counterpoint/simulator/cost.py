@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from counterpoint.cluster.device import Device
 from counterpoint.kernels.kernel import Kernel, TensorSpec
+from counterpoint.kernels.module import Module
+
+# (seconds, flops) of a kernel for inputs of these types; and what says so for a device
+Cost = Callable[[Kernel, Sequence[TensorSpec]], tuple[float, int]]
+Costs = Callable[[Device], Cost]
 
 
 def kernel_cost(device: Device, kernel: Kernel, inputs: Sequence[TensorSpec]) -> tuple[float, int]:
@@ -15,12 +20,18 @@ def kernel_cost(device: Device, kernel: Kernel, inputs: Sequence[TensorSpec]) ->
 
 
 class KernelCosts:
-    """(seconds, flops) of kernels on a device; equal work is looked up in the device's curves once."""
+    """(seconds, flops) of kernels on a device; equal work is looked up in the device's curves once.
+
+    A module takes as long as its operators, one after the other.
+    """
 
     def __init__(self, device: Device) -> None:
         self._seconds = lru_cache(maxsize=None)(device.seconds)
 
     def __call__(self, kernel: Kernel, inputs: Sequence[TensorSpec]) -> tuple[float, int]:
+        if isinstance(kernel, Module):
+            works = [(o.operator, o.work.flops, o.work.nbytes, o.dtype) for o in kernel.operators]
+            return sum(self._seconds(*work) for work in works), sum(work[1] for work in works)  # type: ignore[arg-type]
         work = kernel.work(*inputs)
         if not work.flops and not work.nbytes and kernel.aliases:
             return 0.0, 0

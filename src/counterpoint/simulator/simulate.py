@@ -15,6 +15,7 @@ from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, 
 from counterpoint.schedule.table import describe, span_name
 from counterpoint.schedule.timeline import Kind, MemoryEvent, Span, Timeline
 from counterpoint.simulator.compiler import Collectives, Compiler
+from counterpoint.simulator.cost import Costs, KernelCosts
 from counterpoint.simulator.fold import Symmetry
 from counterpoint.simulator.garbage import no_garbage_collection
 from counterpoint.simulator.program import Program
@@ -31,6 +32,7 @@ def simulate(
     placement: Sequence[int] | None = None,
     collectives: Collectives = "direct",
     symmetry: Symmetry | None = None,
+    costs: Costs = KernelCosts,
 ) -> Timeline:
     """Predict what happens when the schedules of all ranks run on a cluster; time starts at 0 s.
 
@@ -38,6 +40,7 @@ def simulate(
     the same number). collectives: "direct" sends the message of every pair as the runtime does; "measured" takes
     the time from the cluster's tables where it has them. symmetry (see `fold`): the schedules are those of its
     representatives only, and the timeline shows these and, where the cluster treats others worse, the last to finish.
+    costs: of kernels on a device; by their work and the device's curves, unless measured times are at hand.
 
     Raises ValueError: more ranks than the cluster has, a placement that does not fit, a rank whose memory runs out
     (naming when and the largest values), a kernel the device has no rate for, a cluster that lacks the symmetry;
@@ -47,7 +50,7 @@ def simulate(
 
     symmetry = symmetry or Symmetry((len(schedules),))
     places = _places(schedules, cluster, placement, symmetry)
-    compiler = Compiler(cluster, places, symmetry)
+    compiler = Compiler(cluster, places, symmetry, costs)
     for schedule in schedules:
         compiler.add(schedule)
     program = compiler.finish(collectives)
@@ -151,7 +154,7 @@ def _spans(compiler: Compiler, state: State, shown: Sequence[int]) -> list[Span]
         first = number = copy * len(flops)
         for schedule in compiler.schedules:
             rank = compiler.symmetry.turned(schedule.rank, turn)
-            for step in schedule.steps:
+            for index, step in enumerate(schedule.steps):
                 kind: Kind
                 peer, links = None, ()
                 if copy:
@@ -169,7 +172,7 @@ def _spans(compiler: Compiler, state: State, shown: Sequence[int]) -> list[Span]
                     kind = "copy"
                 span = Span(
                     rank, step.stream, kind, span_name(step), starts[number], stops[number], peer,
-                    wire[number - first], flops[number - first], links,
+                    wire[number - first], flops[number - first], links, schedule.phase(index),
                 )  # fmt: skip
                 spans.append(span)
                 number += 1

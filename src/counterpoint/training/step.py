@@ -34,6 +34,7 @@ from counterpoint.training.mesh import Processes
 from counterpoint.training.mixing import layer_layouts, mixing
 from counterpoint.training.optimizer import clip_gradients
 from counterpoint.training.packing import Batch
+from counterpoint.training.phases import Phases
 from counterpoint.training.precision import computes_in_half, precision
 from counterpoint.training.ragged.source import RaggedBatches
 from counterpoint.training.ragged.step import ragged_gradients, ragged_losses
@@ -70,18 +71,26 @@ def train_step(
     processes: Processes,
     timeline: Timeline | None = None,
     reference: Decoder | None = None,
+    phases: Phases | None = None,
 ) -> StepResult:
-    """One optimizer step over a global batch; spans of its attention are added to `timeline`."""
+    """One optimizer step over a global batch; spans of its attention are added to `timeline`, marks to `phases`."""
     plan = None
-    if isinstance(stream, RaggedBatches):
-        batch = next(stream)
-        losses, count, seconds = ragged_gradients(model, batch, stream.stream, config, processes, timeline)
-        tokens, plan = batch.plan.tokens, PlanResult(batch.plan, processes.largest(seconds), batch.waited)
-    else:
-        losses, count, tokens = packed_gradients(model, stream, config, processes, timeline, reference)
+    mark = phases.mark if phases is not None else _nothing
+    with phases.watch(model) if phases is not None else nullcontext():
+        if isinstance(stream, RaggedBatches):
+            batch = next(stream)
+            losses, count, seconds = ragged_gradients(
+                model, batch, stream.stream, config, processes, timeline
+            )
+            tokens, plan = batch.plan.tokens, PlanResult(batch.plan, processes.largest(seconds), batch.waited)
+        else:
+            losses, count, tokens = packed_gradients(model, stream, config, processes, timeline, reference)
+    mark("clip")
     norm = clip_gradients(model, config.optimizer.clip)
+    mark("optimizer")
     optimizer.step()
     optimizer.zero_grad()
+    mark("")
     total, exposed, traffic = processes.sum(losses, *_communication(timeline))
     return StepResult(total / count, norm, exposed / traffic if traffic else None, tokens, plan)
 
@@ -231,6 +240,10 @@ def _local(
             return model(tokens, positions, mixed.attends, run=runs, use=use, moves=mixed.moves)
 
     return run, labels, values
+
+
+def _nothing(_: str) -> None:
+    pass
 
 
 def _communication(timeline: Timeline | None) -> tuple[float, float]:

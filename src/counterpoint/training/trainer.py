@@ -25,6 +25,7 @@ from counterpoint.training.mesh import Processes, open_processes
 from counterpoint.training.metrics import Metrics
 from counterpoint.training.model import check_attention, check_memory, model_config
 from counterpoint.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from counterpoint.training.phases import Phases
 from counterpoint.training.progress import Reporter, warn
 from counterpoint.training.ragged.lengths import check_batching, read_lengths
 from counterpoint.training.ragged.source import Planner, RaggedBatches
@@ -90,7 +91,10 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
                 timeline = wanted_timeline(config, run.step + 1)
                 lr = learning_rate(run.step, steps, config.optimizer)
                 set_learning_rate(optimizer, lr)
-                result = train_step(model, optimizer, run.stream, config, processes, timeline, reference)
+                phases = Phases() if run.step + 1 in config.metrics.timeline_steps else None
+                result = train_step(
+                    model, optimizer, run.stream, config, processes, timeline, reference, phases
+                )
                 run.step += 1
                 run.tokens += result.tokens
                 seconds += time.perf_counter() - began
@@ -101,7 +105,8 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
                     speed = (run.tokens - counted) / seconds
                     reporter.log(run.step, result, lr, speed, run.tokens)
                     seconds, counted = 0.0, run.tokens
-                if timeline is not None and run.step in config.metrics.timeline_steps:
+                if timeline is not None and phases is not None:
+                    phases.add_to(timeline, processes.sequence_rank)
                     write_timeline(timeline, run, None if result.plan is None else result.plan.plan)
                 if is_due(run.step, training.evaluate_every, steps):
                     held_out = opened(corpus.split("validation"), ahead=0)

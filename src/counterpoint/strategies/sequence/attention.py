@@ -247,7 +247,7 @@ def _axes(
     """The axis and the strategy of every level, from the outside in."""
     made = []
     for n, (_, axes) in enumerate(levels):
-        here = _coordinates(problem.mesh, rank)
+        here = coordinates(problem.mesh, rank)
         ranks = []
         for places in product(*(range(problem.mesh[i]) for i in axes)):
             there = list(here)
@@ -274,7 +274,8 @@ def _tree(problem: AttentionProblem, levels: tuple[Level, ...], which: Literal["
     return grow(0, {})
 
 
-def _coordinates(mesh: tuple[int, ...], rank: int) -> tuple[int, ...]:
+def coordinates(mesh: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Places of a rank along the axes of a mesh that is numbered row by row."""
     places = []
     for size in reversed(mesh):
         rank, place = divmod(rank, size)
@@ -291,5 +292,5 @@ def _rank(mesh: tuple[int, ...], places: list[int]) -> int:
 
 def _place(mesh: tuple[int, ...], axes: tuple[int, ...], rank: int) -> int:
     """Place of a rank along several mesh axes taken as one."""
-    here = _coordinates(mesh, rank)
+    here = coordinates(mesh, rank)
     return _rank(tuple(mesh[i] for i in axes), [here[i] for i in axes])

@@ -61,7 +61,7 @@ class Phases:
         def marked(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             tokens, positions, attend, *rest = inputs
             if callable(attend):
-                return tokens, positions, partial(self._attend, attend), *rest
+                return tokens, positions, partial(self._attend, attend), *rest  # type: ignore[arg-type]
             return tokens, positions, [partial(self._attend, one) for one in attend], *rest
 
         def before(module: nn.Module, name: str, gradient: str = "") -> None:

@@ -80,18 +80,6 @@ class Builder:
         self._add(Copy(value.name, output, tier, stream))
         return output
 
-    def inline(self, schedule: Schedule, given: Mapping[str, Value]) -> dict[str, Value]:
-        """All steps of another schedule of this rank, on given values for its inputs; returns its outputs by name."""
-        values = {v.name: given[v.name] for v in schedule.inputs}
-        for step in schedule.steps:
-            reads = {name: values[name].name for name in step.reads}
-            for value in step.writes:
-                values[value.name] = self._value(value.name, value.spec)
-            self._steps.append(_renamed(step, reads, values))
-        for channel in {step.channel for step in schedule.steps if isinstance(step, Send | Recv)}:
-            self._depths[channel] = max(self._depths.get(channel, 0), schedule.depth(channel))
-        return {key: values[name] for key, name in schedule.outputs.items()}
-
     def depth(self, channel: str, messages: int) -> None:
         """How many messages of a channel this rank holds or has posted at most (default 2)."""
         self._depths[channel] = messages
@@ -119,14 +107,14 @@ class Builder:
         self,
         schedule: Schedule,
         given: Mapping[str, Value],
-        prefix: str,
+        prefix: str = "",
         ranks: Sequence[int] | None = None,
     ) -> dict[str, Value]:
         """Write another schedule's steps into this one; returns its outputs by name.
 
-        given: this schedule's values for its inputs, by their names. prefix: put before the names of its values, so
-        that it may be written several times; steps keep their order, channels and depths. ranks: which rank of this
-        schedule each of its ranks is (default: the same number).
+        given: this schedule's values for its inputs, by their names. prefix: put before the names of its values, which
+        are then kept; without one they are made unique. Steps keep their order, channels and depths. ranks: which rank
+        of this schedule each of its ranks is (default: the same number).
 
         Raises ValueError: an input that is missing or of another type, a prefix that is taken, ranks that do not fit.
         """
@@ -148,10 +136,13 @@ class Builder:
                 )
             values[value.name] = given[value.name]
         taken = {f"{prefix}{v.name.split(chr(39))[0]}" for s in schedule.steps for v in s.writes}
-        if taken & self._uses.keys():
+        if prefix and taken & self._uses.keys():
             raise ValueError(f"values with prefix {prefix!r} are defined already; choose another")
 
         def made(value: Value) -> Value:
+            if not prefix:
+                values[value.name] = self._value(value.name, value.spec)
+                return values[value.name]
             base, _, count = value.name.partition("'")
             self._uses[prefix + base] = max(self._uses.get(prefix + base, 0), int(count or 0) + 1)
             values[value.name] = Value(prefix + value.name, value.spec)
@@ -176,8 +167,8 @@ class Builder:
                 source = values[step.input].name
                 step = replace(step, input=source, output=made(step.output))
             self._add(step)
-        for channel, messages in schedule.depths.items():
-            self._depths[channel] = max(messages, self._depths.get(channel, 0))
+        for channel in {step.channel for step in schedule.steps if isinstance(step, Send | Recv)}:
+            self._depths[channel] = max(self._depths.get(channel, 0), schedule.depth(channel))
         return {key: values[name] for key, name in schedule.outputs.items()}
 
     def _add(self, step: Step) -> None:
@@ -190,25 +181,3 @@ class Builder:
         count = self._uses.get(name, 0)
         self._uses[name] = count + 1
         return Value(f"{name}'{count}" if count else name, spec)
-
-
-def _renamed(step: Step, reads: Mapping[str, str], values: Mapping[str, Value]) -> Step:
-    """The step with other names for what it reads, and other values for what it writes."""
-
-    def written(old: Iterable[Value]) -> tuple[Value, ...]:
-        return tuple(values[v.name] for v in old)
-
-    if isinstance(step, Compute):
-        inputs = tuple(reads[name] for name in step.inputs)
-        return replace(step, inputs=inputs, outputs=written(step.outputs))
-    if isinstance(step, Send):
-        return replace(step, inputs=tuple(reads[name] for name in step.inputs))
-    if isinstance(step, Recv):
-        return replace(step, outputs=written(step.outputs))
-    if isinstance(step, Copy):
-        return replace(step, input=reads[step.input], output=values[step.output.name])
-    return replace(
-        step,
-        sends=tuple((to, tuple(reads[name] for name in names)) for to, names in step.sends),
-        recvs=tuple((source, written(made)) for source, made in step.recvs),
-    )

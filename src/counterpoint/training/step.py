@@ -9,6 +9,7 @@ Ragged batches (training/ragged) are shared by the groups of their plans instead
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

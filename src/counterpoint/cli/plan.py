@@ -11,6 +11,7 @@ import typer
 
 from counterpoint.cli.plan_batch import batch
 from counterpoint.cli.plan_memory import memory
+from counterpoint.cli.plan_step import step
 
 plan = typer.Typer(no_args_is_help=True, help="Choose a strategy, or a plan of a batch, by simulation.")
 
@@ -26,6 +27,7 @@ def _plan() -> None:
 
 
 plan.command()(memory)
+plan.command()(step)
 
 
 @plan.command()

@@ -73,12 +73,18 @@ def check(settings) -> None:
 
     shape = model_config(settings.model)
     check_attention(settings, shape)
-    check_memory(settings, shape)
+    check_memory(settings, shape, _device() if "offload" in " ".join(settings.memory.layers) else None)
     check_batching(settings)
     if settings.batching.ragged:
         from counterpoint.training.ragged.planning import batch_cost
 
         batch_cost(settings, shape, settings.processes.sequence_size).group((0,))
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _finish(worker, settings) -> None:

@@ -19,7 +19,9 @@ class Only(StrEnum):
 
 
 def reproduce(
-    name: Annotated[str | None, typer.Argument(help="A system: tokenring, ulysses, rsa; see --list.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A system: tokenring, ulysses, rsa, streambp; see --list.")
+    ] = None,
     list_all: Annotated[bool, typer.Option("--list", help="List all systems with their state.")] = False,
     only: Annotated[list[Only] | None, typer.Option(help="Only checks of this kind (repeatable).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,

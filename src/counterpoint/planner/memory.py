@@ -72,6 +72,11 @@ class Question:
     def has_host(self) -> bool:
         return any(tier.name == "host" for tier in self.cluster.device(0).memory)
 
+    def holds(self, peak: Footprint) -> bool:
+        """Whether a step with this peak fits, in device memory and in what it offloads to."""
+        host = self.cluster.device(0).tier("host").size_bytes if peak.host else 0
+        return peak.total <= self.limit and peak.host <= host
+
     def step(self, policy: MemoryPolicy, tokens: int | None = None, layers: int | None = None) -> Step:
         """The step of a rank, over other tokens or with fewer layers if given."""
         sequences = self.batch * {"sft": 1, "dpo": 2, "grpo": self.group}[self.objective]
@@ -139,7 +144,7 @@ def plan_memory(question: Question, progress: Callable[[str], None] | None = Non
     for name, policy in _candidates(question):
         say(f"peak: {name}")
         peak = footprint(question.step(policy))
-        answers.append(Answer(name, policy, peak, 0.0, peak.total <= question.limit))
+        answers.append(Answer(name, policy, peak, 0.0, question.holds(peak)))
     if not any(a.fits for a in answers):
         least_answer = min(answers, key=lambda a: a.peak.total)
         family = max(longest, key=lambda name: longest[name])
@@ -161,7 +166,7 @@ def longest_tokens(question: Question, policy_of: Callable[[int], MemoryPolicy])
     """Tokens of the longest sequence whose step stays within the limit; 0 when none does."""
 
     def fits(tokens: int) -> bool:
-        return footprint(question.step(policy_of(tokens), tokens)).total <= question.limit
+        return question.holds(footprint(question.step(policy_of(tokens), tokens)))
 
     low, high = 0, 1024
     while high < LONGEST and fits(high):
@@ -289,7 +294,7 @@ def _mixture(question: Question, quick: LayerPolicy, small: LayerPolicy) -> Memo
         return MemoryPolicy((small,) * (layers - kept) + (quick,) * kept, 1, question.head_tokens)
 
     def fits(kept: int) -> bool:
-        return footprint(question.step(mixed(kept))).total <= question.limit
+        return question.holds(footprint(question.step(mixed(kept))))
 
     low, high = 0, layers
     if fits(layers) or not fits(0):

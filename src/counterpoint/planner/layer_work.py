@@ -80,6 +80,9 @@ def head_operations(config: ModelConfig, tokens: int, dtype: str) -> list[Operat
     ]
 
 
+OPERATIONS = (layer_operations, head_operations)
+
+
 def seconds(device: Device, operations: list[Operation], dtype: str, *, backward: bool) -> float:
     """Time (s) of some operations, forward, or backward (each twice)."""
     once = sum(op.times * device.seconds(op.operator, op.flops, op.nbytes, dtype) for op in operations)

@@ -16,12 +16,12 @@ import numpy as np
 
 from counterpoint.planner.batch import BatchPlan, Group, MicroBatch
 from counterpoint.planner.batch_cost import BatchCost
-from counterpoint.planner.batch_predict import check_fits, predict
+from counterpoint.planner.batch_predict import check_fits
 from counterpoint.planner.batch_solvers.static import finish
 
-DELTA = 0.05  # ranks may differ by this share of the time
-# How long sequences may be spread: over how many times the ranks that memory asks for, and whether over powers of two.
-SPREADS = ((1, False), (1, True), (2, True), (4, True))
+# Levels up to which ranks are filled, in mean times of a rank, and how far a sequence may be spread to stay below.
+LEVELS = (1.04, 1.15, 1.3)
+WIDER = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 Balance = Literal["none", "dp", "pp"]
 
 
@@ -51,15 +51,35 @@ def bytescale(lengths: Sequence[int], cost: BatchCost, options: BytescaleOptions
     long = [i for i in order if lengths[i] > cost.capacity]
     short = [i for i in order if lengths[i] <= cost.capacity]
     needs = [need(i, lengths[i], cost, options.offload) for i in long]
+    mean = float(cost.group((0,)).compute(lengths).sum()) / cost.ranks
     if options.balance == "none":
+        needs = _widened(needs, lengths, cost, mean)
         return finish(lengths, cost, rows(_naive(needs, short, lengths, cost)), "bytescale")
-    plans = []
-    for spread in SPREADS:  # large items leave gaps between them: then try others, which fit together better
-        work = _balanced(needs, short, lengths, cost, options, spread)
-        plans.append(finish(lengths, cost, rows(work), "bytescale"))
-        if not needs or predict(plans[-1], cost).idle <= DELTA * plans[-1].seconds:
+    best, best_time = None, np.inf
+    for level in LEVELS if needs else LEVELS[:1]:  # long sequences leave gaps: then let them rise higher
+        work, times = _balanced(needs, short, lengths, cost, options, level * mean)
+        made = finish(lengths, cost, rows(work), "bytescale") if cost.synchronous else work
+        took = made.seconds if isinstance(made, BatchPlan) else float(times.max())
+        if took < best_time:
+            best, best_time = made, took
+        if not cost.synchronous and times.max() <= level * mean:
             break
-    return min(plans, key=lambda plan: plan.seconds)
+    assert best is not None
+    return best if isinstance(best, BatchPlan) else finish(lengths, cost, rows(best), "bytescale")
+
+
+def _widened(needs: list[Need], lengths: Sequence[int], cost: BatchCost, mean: float) -> list[Need]:
+    """Sequences on more ranks than memory asks for, where one would take longer than the mean rank (s)."""
+    lone = cost.group((0,)).compute([lengths[n.sequence] for n in needs]).tolist()
+    return [
+        _on(n, nice(min(cost.ranks, max(n.ranks, ceil(seconds / mean))), cost), lengths, cost)
+        for n, seconds in zip(needs, lone, strict=True)
+    ]
+
+
+def _on(n: Need, size: int, lengths: Sequence[int], cost: BatchCost) -> Need:
+    """The sequence on this many ranks; nothing is moved to the host where they hold it without."""
+    return Need(n.sequence, size, n.offload if lengths[n.sequence] > size * cost.capacity else 0.0)
 
 
 def need(sequence: int, length: int, cost: BatchCost, offload: bool) -> Need:
@@ -126,26 +146,34 @@ def _balanced(
     lengths: Sequence[int],
     cost: BatchCost,
     options: BytescaleOptions,
-    spread: tuple[int, bool],
-) -> list[Group]:
-    """Algorithm 2: the longest first, always to the ranks with the least accumulated time."""
-    (times_more, powers), one = spread, cost.group((0,))
+    level: float,
+) -> tuple[list[Group], np.ndarray]:
+    """Algorithm 2: the longest first, always to the ranks with the least accumulated time, which comes with it.
+
+    level: time (s) that no rank should exceed; a sequence is spread over as few ranks as keep it below.
+    """
+    one, times, work = cost.group((0,)), np.zeros(cost.ranks), []
+    lone = one.compute([lengths[n.sequence] for n in needs]) + sum(one.fixed)
+    for n, seconds in zip(needs, lone.tolist(), strict=True):
+        rank = int(times.argmin())
+        if n.ranks == 1 and times[rank] + seconds <= level:
+            work.append(Group((rank,), (n.sequence,), n.offload))
+            times[rank] += seconds
+            continue
+        ranks, until = (0,), np.inf
+        for size in dict.fromkeys(nice(min(cost.ranks, ceil(n.ranks * w)), cost) for w in WIDER):
+            start = _least_loaded(times, size, cost)
+            there = tuple(range(start, start + size))
+            end = float(times[start : start + size].max())
+            end += sum(cost.group(there).seconds([lengths[n.sequence]]))
+            if end < until:
+                ranks, until = there, end
+            if end <= level:
+                break
+        work.append(Group(ranks, (n.sequence,), _on(n, len(ranks), lengths, cost).offload))
+        times[ranks[0] : ranks[-1] + 1] = until
     alone = one.compute([lengths[i] for i in short])
     alone += sum(one.fixed) * np.array([lengths[i] for i in short]) / cost.capacity
-    total = float(alone.sum()) + sum(float(one.compute([lengths[n.sequence]])[0]) for n in needs)
-    mean = total / cost.ranks
-    times, work = np.zeros(cost.ranks), []
-    for n in needs:
-        # a sequence that would alone outlast the mean rank is spread further than memory asks
-        lone = float(one.compute([lengths[n.sequence]])[0])
-        size = min(cost.ranks, max(times_more * n.ranks, ceil(lone / mean)))
-        size = min(cost.ranks, 1 << (size - 1).bit_length()) if powers else nice(size, cost)
-        start = _least_loaded(times, size, cost)
-        ranks = tuple(range(start, start + size))
-        offload = n.offload if lengths[n.sequence] > size * cost.capacity else 0.0
-        work.append(Group(ranks, (n.sequence,), offload))
-        seconds = sum(cost.group(ranks).seconds([lengths[n.sequence]]))
-        times[start : start + size] = times[start : start + size].max() + seconds
     mine: list[list[int]] = [[] for _ in range(cost.ranks)]
     for i, seconds in zip(short, alone.tolist(), strict=True):
         rank = int(times.argmin())
@@ -154,7 +182,7 @@ def _balanced(
     for rank, sequences in enumerate(mine):
         for pack in _micro_batches(sequences, lengths, cost, options.balance):
             work.append(Group((rank,), tuple(sorted(pack))))
-    return work
+    return work, times
 
 
 def _micro_batches(
@@ -199,6 +227,8 @@ def _aligned(first: int, size: int, cost: BatchCost) -> int:
 
 def _least_loaded(times: np.ndarray, size: int, cost: BatchCost) -> int:
     """Where a group of neighbouring ranks can start the earliest; the first such place."""
+    if size == 1:
+        return int(times.argmin())
     node, last = cost.cluster.sizes[0], cost.ranks - size
     starts = np.arange(last + 1)
     starts = starts[starts % node + size <= node] if size <= node else starts[starts % node == 0]

@@ -19,8 +19,9 @@ from counterpoint.planner.batch_cost import BatchCost
 from counterpoint.planner.batch_predict import check_fits
 from counterpoint.planner.batch_solvers.static import finish
 
-# Levels up to which ranks are filled, in mean times of a rank, and how far a sequence may be spread to stay below.
-LEVELS = (1.04, 1.15, 1.3)
+# Levels up to which ranks are filled, in mean times of a rank, and whether groups are powers of two, which leave no
+# gaps beside each other. WIDER: how far a sequence may be spread to stay below the level.
+LEVELS = ((1.04, False), (1.15, False), (1.04, True), (1.15, True))
 WIDER = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 Balance = Literal["none", "dp", "pp"]
 
@@ -56,8 +57,8 @@ def bytescale(lengths: Sequence[int], cost: BatchCost, options: BytescaleOptions
         needs = _widened(needs, lengths, cost, mean)
         return finish(lengths, cost, rows(_naive(needs, short, lengths, cost)), "bytescale")
     best, best_time = None, np.inf
-    for level in LEVELS if needs else LEVELS[:1]:  # long sequences leave gaps: then let them rise higher
-        work, times = _balanced(needs, short, lengths, cost, options, level * mean)
+    for level, powers in LEVELS if needs else LEVELS[:1]:
+        work, times = _balanced(needs, short, lengths, cost, options, level * mean, powers)
         made = finish(lengths, cost, rows(work), "bytescale") if cost.synchronous else work
         took = made.seconds if isinstance(made, BatchPlan) else float(times.max())
         if took < best_time:
@@ -109,6 +110,10 @@ def nice(ranks: int, cost: BatchCost) -> int:
     return ranks if ranks <= node else min(cost.ranks, ceil(ranks / node) * node)
 
 
+def _size(ranks: int, cost: BatchCost, powers: bool) -> int:
+    return min(cost.ranks, 1 << (ranks - 1).bit_length()) if powers else nice(ranks, cost)
+
+
 def _can_offload(cost: BatchCost) -> bool:
     return len(cost.cluster.device(0).memory) > 1 and cost.model.num_hidden_layers > 2
 
@@ -147,10 +152,12 @@ def _balanced(
     cost: BatchCost,
     options: BytescaleOptions,
     level: float,
+    powers: bool,
 ) -> tuple[list[Group], np.ndarray]:
     """Algorithm 2: the longest first, always to the ranks with the least accumulated time, which comes with it.
 
-    level: time (s) that no rank should exceed; a sequence is spread over as few ranks as keep it below.
+    level: time (s) that no rank should exceed; a sequence is spread over as few ranks as keep it below (powers: over
+    powers of two of them).
     """
     one, times, work = cost.group((0,)), np.zeros(cost.ranks), []
     lone = one.compute([lengths[n.sequence] for n in needs]) + sum(one.fixed)
@@ -161,7 +168,7 @@ def _balanced(
             times[rank] += seconds
             continue
         ranks, until = (0,), np.inf
-        for size in dict.fromkeys(nice(min(cost.ranks, ceil(n.ranks * w)), cost) for w in WIDER):
+        for size in dict.fromkeys(_size(min(cost.ranks, ceil(n.ranks * w)), cost, powers) for w in WIDER):
             start = _least_loaded(times, size, cost)
             there = tuple(range(start, start + size))
             end = float(times[start : start + size].max())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from counterpoint.reproductions import sequence_parallelism_rsa, tokenring, ulysses
+from counterpoint.reproductions import lasp_2, sequence_parallelism_rsa, tokenring, ulysses
 from counterpoint.reproductions.bench import Bench, Case, sent, topology
 from counterpoint.reproductions.check import Result, run
 from counterpoint.reproductions.layer import Model, all_gather, layer_flops
@@ -68,6 +68,21 @@ def test_processes_compute_what_one_process_does():
     for result in run(checks, bench):
         assert result.verdict == "holds", result
     assert set(bench.exact) == set(cases)  # nothing had to be run again
+
+
+def test_bytes_of_lasp_2_come_out_and_its_gain_over_lasp_1_grows_with_length():
+    assert {r.verdict for r in results("lasp-2", "bytes")} == {"holds"}
+    growth = [c for c in load(find("lasp-2")).checks if c.claim.startswith("64 A100: gain over LASP-1")]
+    (result,) = run(growth, Bench(os.environ))
+    assert result.verdict == "holds" and result.got is not None and result.got > 1
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_linear_attention_of_processes_is_that_of_one():
+    checks = [c for c in load(find("lasp-2")).checks if c.kind == "exact"]
+    assert len(checks) == len(lasp_2.SMALL)
+    assert {r.verdict for r in run(checks, Bench(os.environ))} == {"holds"}
 
 
 @pytest.mark.processes

@@ -54,13 +54,18 @@ def attention(
 ) -> None:
     """Rank the attention strategies for a model on a cluster, with the reason for the first.
 
+    For a model with layers of several types (linear attention, windows): the cost of each, and of the whole model with
+    the changes of layout between them.
+
     counterpoint plan attention --model smollm2-135m --cluster a10x4-pcie --tokens 24000
     """
     from rich.console import Console
     from rich.progress import Progress
 
+    from counterpoint.cli.plan_mixed import answer_mixed
     from counterpoint.cluster.presets import find_cluster
     from counterpoint.planner.attention import Question, plan_attention
+    from counterpoint.planner.mixed import MixedQuestion
     from counterpoint.strategies.sequence.blocks import AttentionShape
     from counterpoint.training.model import model_config
 
@@ -70,7 +75,14 @@ def attention(
         batch, config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype
     )
     windows = {config.window(layer) for layer in config.layers}
-    window = windows.pop() if len(windows) == 1 else None
+    if config.linear is not None or len(windows) > 1:
+        _mixed(cached, page)
+        asked = MixedQuestion(
+            config, place, ranks or place.world_size, tokens, batch, dtype, causal, phase.value
+        )
+        answer_mixed(asked, as_json)
+        return
+    window = windows.pop()
     question = Question(shape, place, ranks or place.world_size, tokens, cached, causal, window, phase.value)
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
@@ -90,6 +102,13 @@ def attention(
 
 
 plan.command()(batch)
+
+
+def _mixed(cached: int, page: Path | None) -> None:
+    """ValueError for what there is no answer to when layers are not alike."""
+    for option, given in (("--cached", cached), ("--report", page)):
+        if given:
+            raise ValueError(f"{option} goes with models whose layers are all alike; leave it out")
 
 
 def _write_page(question, answer, page: Path) -> None:

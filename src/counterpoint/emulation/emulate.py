@@ -18,6 +18,7 @@ from counterpoint.emulation.result import Emulation, How, PassResult, attention_
 from counterpoint.emulation.scale import (
     LEAST_SECONDS,
     PASS_SECONDS,
+    Problem,
     Scale,
     bytes_by_pair,
     choose_rates,
@@ -32,7 +33,7 @@ from counterpoint.emulation.worker import Job, Pass, Run
 from counterpoint.schedule.schedule import Schedule
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.simulator.simulate import simulate
-from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, forward_schedule
+from counterpoint.strategies.sequence.linear import LinearProblem
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def stoppable() -> Iterator[None]:
 
 def emulate(
     cluster: Cluster,
-    problem: AttentionProblem,
+    problem: Problem,
     *,
     passes: Sequence[Pass] = ("forward",),
     compute: How = "timed",
@@ -91,7 +92,7 @@ def emulate(
 @stoppable()
 def emulate_all(
     cluster: Cluster,
-    problems: Sequence[AttentionProblem],
+    problems: Sequence[Problem],
     *,
     passes: Sequence[Pass] = ("forward",),
     compute: How = "timed",
@@ -119,6 +120,8 @@ def emulate_all(
     else:
         from counterpoint.emulation.real import real_scale
 
+        if isinstance(problems[0], LinearProblem):
+            raise ValueError("a scale model of linear attention holds its kernels; use --compute timed")
         say("measuring how fast this machine computes")
         small, scale = real_scale(
             cluster, problems[0], passes, targets[0].schedules, targets[0].longest, slowdown
@@ -159,7 +162,7 @@ class _Target:
     """A problem on the cluster: schedules of all ranks, and what the simulator says of them."""
 
     cluster: Cluster
-    problem: AttentionProblem
+    problem: Problem
     schedules: Mapping[Pass, list[Schedule]]
     timelines: Mapping[Pass, Timeline]
 
@@ -180,17 +183,17 @@ class _Target:
         }
 
 
-def _target(cluster: Cluster, problem: AttentionProblem, passes: Sequence[Pass]) -> _Target:
+def _target(cluster: Cluster, problem: Problem, passes: Sequence[Pass]) -> _Target:
     schedules: dict[Pass, list[Schedule]] = {which: _schedules(problem, which) for which in passes}
     return _Target(cluster, problem, schedules, {w: simulate(s, cluster) for w, s in schedules.items()})
 
 
 def _timed(
     cluster: Cluster, targets: Sequence[_Target], slowdown: float | None, pass_seconds: float
-) -> list[tuple[AttentionProblem, Scale]]:
+) -> list[tuple[Problem, Scale]]:
     """Shorter sequences, and slowdowns that together with them bring all rates to what this machine carries."""
     rates = max(choose_rates(cluster, target.everything, target.longest) for target in targets)
-    parts: list[tuple[AttentionProblem, Scale]] = []
+    parts: list[tuple[Problem, Scale]] = []
     for target in targets:
         wanted = slowdown or min(rates, pass_seconds / target.longest)
         small = shrunk(target.problem, max(1.0, rates / wanted))
@@ -210,9 +213,8 @@ def _timed(
     return parts
 
 
-def _schedules(problem: AttentionProblem, which: Pass) -> list[Schedule]:
-    write = forward_schedule if which == "forward" else backward_schedule
-    return [write(problem, rank) for rank in range(problem.layout.world_size)]
+def _schedules(problem: Problem, which: Pass) -> list[Schedule]:
+    return [problem.schedule(which, rank) for rank in range(problem.layout.world_size)]
 
 
 def launch_ranks(job: Job, environ: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from counterpoint.strategies.sequence.attention import AttentionProblem
+from counterpoint.strategies.sequence.linear import LinearProblem
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,10 @@ PUBLISHED = (
 )
 
 
-def published(cluster: str, problem: AttentionProblem) -> Published | None:
+def published(cluster: str, problem: AttentionProblem | LinearProblem) -> Published | None:
     """What is known of the forward pass of a problem on a cluster."""
+    if isinstance(problem, LinearProblem):
+        return None
     shape = problem.shape
     for known in PUBLISHED:
         same = (

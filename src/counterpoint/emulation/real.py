@@ -71,6 +71,7 @@ def worst_difference(run: Run) -> float:
     import torch
 
     problem, ranks = run.problem, range(run.problem.layout.world_size)
+    assert isinstance(problem, AttentionProblem), "kernels of linear attention are held"
     parts = [torch.load(run.results_file(rank)) for rank in ranks]
     results = {
         name: problem.layout.unshard([part[name] for part in parts], dim=1)

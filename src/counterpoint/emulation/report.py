@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from counterpoint.emulation.published import published
 from counterpoint.emulation.result import LATE, Emulation, PassResult, to_json
+from counterpoint.emulation.scale import strategies
 from counterpoint.report.page import write_report
 from counterpoint.report.sections import Section, Table
 from counterpoint.report.units import format_seconds
@@ -98,8 +99,8 @@ def emulation_table(emulation: Emulation) -> RichTable:
     from rich.table import Table as RichTable
 
     e = emulation
-    strategies = "/".join(map(str, e.target.forward))
-    table = RichTable(title=f"{strategies} on {e.cluster.name}", caption=summary(e), title_justify="left")
+    name = strategies(e.target)[0]
+    table = RichTable(title=f"{name} on {e.cluster.name}", caption=summary(e), title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("pass", "on") else "right")
     for row in rows(e):
@@ -149,6 +150,6 @@ def _write_pass(emulation: Emulation, result: PassResult, directory: Path) -> Pa
     return write_report(
         directory / ("report.html" if len(emulation.passes) == 1 else f"report-{name}.html"),
         {"simulated": result.simulated_timeline, "measured": result.measured_timeline},
-        title=f"{name} {'/'.join(map(str, emulation.target.forward))} on a scale model of {emulation.cluster.name}",
+        title=f"{name} {strategies(emulation.target)[0]} on a scale model of {emulation.cluster.name}",
         sections=sections,
     )

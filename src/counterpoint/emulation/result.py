@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.emulation.published import published
-from counterpoint.emulation.scale import Scale
+from counterpoint.emulation.scale import Problem, Scale, strategies
 from counterpoint.emulation.worker import Pass
 from counterpoint.schedule.schedule import Compute, Schedule
 from counterpoint.schedule.table import span_name
 from counterpoint.schedule.timeline import Timeline
-from counterpoint.strategies.sequence.attention import AttentionProblem
 
 How = Literal["timed", "real"]
 LATE = 0.05  # of a pass: kernels that end so late show that other programs keep the machine busy
@@ -59,8 +58,8 @@ class Emulation:
     """A run on a scale model. problem: what ran on it; target: what it stands for."""
 
     cluster: Cluster
-    target: AttentionProblem
-    problem: AttentionProblem
+    target: Problem
+    problem: Problem
     compute: How
     scale: Scale
     latency_seconds: float
@@ -96,10 +95,7 @@ def to_json(emulation: Emulation) -> dict[str, Any]:
         "cluster": e.cluster.name,
         "ranks": e.cluster.world_size,
         "compute": e.compute,
-        "strategy": {
-            "forward": "/".join(map(str, e.target.forward)),
-            "backward": "/".join(map(str, e.target.backward)),
-        },
+        "strategy": dict(zip(("forward", "backward"), strategies(e.target), strict=True)),
         "tokens": e.target.layout.tokens,
         "tokens_on_scale_model": e.problem.layout.tokens,
         "slowdown": e.scale.slowdown,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from counterpoint.cluster.cluster import Cluster, Level
 from counterpoint.cluster.curves import Curve
@@ -18,8 +19,11 @@ from counterpoint.schedule.schedule import Compute, Schedule
 from counterpoint.simulator.cost import kernel_cost
 from counterpoint.strategies.sequence.attention import AttentionProblem
 from counterpoint.strategies.sequence.layout import SequenceLayout
+from counterpoint.strategies.sequence.linear import LinearProblem
 
 Pair = tuple[int, int]
+Problem = AttentionProblem | LinearProblem
+P = TypeVar("P", bound=AttentionProblem | LinearProblem)
 
 LINK_BYTES_PER_SECOND = 40e6  # what one rate-limited link of this kind keeps up with
 ALL_BYTES_PER_SECOND = 160e6  # and all links of a machine together, on two cores
@@ -91,13 +95,26 @@ def _totals(schedules: Sequence[Schedule]) -> dict[Pair, int]:
     return total
 
 
-def shrunk(problem: AttentionProblem, shrink: float, dtype: str | None = None) -> AttentionProblem:
-    """The problem over a sequence `shrink` times shorter; blocks of equal length stay equal."""
+def shrunk(problem: P, shrink: float, dtype: str | None = None) -> P:
+    """The problem over a sequence `shrink` times shorter; blocks of equal length stay equal.
+
+    States of linear attention are as large whatever the length: there heads are fewer instead.
+    """
     layout = problem.layout
+    if isinstance(problem, LinearProblem):
+        heads = max(1, round(problem.shape.heads / shrink))
+        return replace(problem, shape=replace(problem.shape, heads=heads))
     unit = 2 * layout.world_size if layout.tokens % (2 * layout.world_size) == 0 else 1
     tokens = min(layout.tokens, max(2 * layout.world_size, unit * round(layout.tokens / shrink / unit)))
     shape = problem.shape if dtype is None else replace(problem.shape, dtype=dtype)
     return replace(problem, layout=SequenceLayout(layout.kind, tokens, layout.world_size), shape=shape)
+
+
+def strategies(problem: Problem) -> tuple[str, str]:
+    """Names of the forward and the backward strategy."""
+    if isinstance(problem, LinearProblem):
+        return str(problem.forward), str(problem.backward)
+    return "/".join(map(str, problem.forward)), "/".join(map(str, problem.backward))
 
 
 def same_steps(first: Sequence[Schedule], second: Sequence[Schedule]) -> bool:

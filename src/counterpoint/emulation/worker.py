@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from counterpoint.emulation.namespaces import enter
 from counterpoint.emulation.programs import Programs
-from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, forward_schedule
+from counterpoint.strategies.sequence.attention import AttentionProblem
+from counterpoint.strategies.sequence.linear import LinearProblem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ class Run:
     """
 
     number: int
-    problem: AttentionProblem
+    problem: AttentionProblem | LinearProblem
     passes: tuple[Pass, ...]
     seconds: dict[Pass, list[list[float]]]
     repetitions: int
@@ -47,8 +48,7 @@ class Run:
     def schedule(self, which: Pass, rank: int) -> Schedule:
         from counterpoint.emulation.held import hold
 
-        write = forward_schedule if which == "forward" else backward_schedule
-        schedule = write(self.problem, rank)
+        schedule = self.problem.schedule(which, rank)
         return hold(schedule, self.seconds[which][rank]) if self.held else schedule
 
     def timeline_file(self, which: Pass, repetition: int, rank: int) -> Path:
@@ -162,6 +162,7 @@ def full_inputs(problem: AttentionProblem) -> dict[str, Tensor]:
 def _inputs(run: Run, rank: int) -> dict[str, Tensor]:
     if run.held:
         return {}
+    assert isinstance(run.problem, AttentionProblem), "kernels of linear attention are held"
     whole = full_inputs(run.problem)
     return {name: run.problem.layout.shard(x, rank, dim=1).contiguous() for name, x in whole.items()}
 

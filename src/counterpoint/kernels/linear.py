@@ -101,9 +101,10 @@ class FoldStates(Kernel):
     """
 
     states: int
+    dtype: str = "float32"
 
     def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
-        return (inputs[0].cast(accumulator(inputs[0].dtype)),)
+        return (inputs[0].cast(self.dtype),)
 
     def work(self, *inputs: TensorSpec) -> Work:
         made = self.outputs(*inputs)[0]
@@ -114,7 +115,7 @@ class FoldStates(Kernel):
     def run(self, *inputs):
         from counterpoint.kernels import linear_blocks as blocks
 
-        dtype = torch_dtype(accumulator(_name(inputs[0])))
+        dtype = torch_dtype(self.dtype)
         states = [x.to(dtype) for x in inputs[: self.states]]
         state = blocks.fold(states, [x.to(dtype) for x in inputs[self.states :]])
         return (state.clone() if state is inputs[0] else state,)

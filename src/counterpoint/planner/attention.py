@@ -41,7 +41,7 @@ class Question:
     """What is to be attended, and where.
 
     tokens: new tokens over all ranks. cached: tokens whose keys and values already lie on the ranks. window: sliding
-    window in tokens, or None.
+    window in tokens, or None. layouts: those to try; empty: what suits the mask.
     """
 
     shape: AttentionShape
@@ -52,6 +52,7 @@ class Question:
     causal: bool = True
     window: int | None = None
     phase: Phase = "train"
+    layouts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.ranks <= self.cluster.world_size:
@@ -169,6 +170,11 @@ def estimate(
         timeline = predict(question, mesh, layout, names, which)
     except ValueError as error:
         return Estimate(names, error=str(error))
+    return measured(names, timeline)
+
+
+def measured(names: tuple[str, ...], timeline: Timeline) -> Estimate:
+    """What a simulated pass costs."""
     ranks = timeline.ranks
     shares = [timeline.categories(rank) for rank in ranks]
     links = timeline.bytes_by_link()
@@ -211,6 +217,7 @@ def _places(question: Question) -> Iterator[tuple[tuple[int, ...], str]]:
     layouts = ["zigzag"] if question.causal else ["contiguous"]
     if question.causal and question.window is not None:
         layouts.append("contiguous")  # neighbours then hold what a window needs
+    layouts = list(question.layouts) or layouts
     n = question.ranks
     inner = {size for size in question.cluster.sizes if size < n and n % size == 0}
     if n <= 8:

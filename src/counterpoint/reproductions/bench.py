@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.emulation.namespaces import Unsupported
@@ -23,6 +23,8 @@ from counterpoint.strategies.sequence.attention import (
     parse_choices,
 )
 from counterpoint.strategies.sequence.layout import SequenceLayout
+from counterpoint.strategies.sequence.linear import LinearProblem, parse_linear
+from counterpoint.strategies.sequence.linear_builder import Decay, LinearShape
 
 if TYPE_CHECKING:
     from counterpoint.emulation.result import Emulation
@@ -64,6 +66,43 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearCase:
+    """A linear attention: strategy, ranks, sizes, decay form."""
+
+    strategy: str
+    ranks: int
+    tokens: int
+    heads: int
+    key_dim: int = 128
+    value_dim: int = 128
+    decay: Decay = "none"
+    batch: int = 1
+    dtype: str = "bfloat16"
+    causal: bool = True
+    documents: tuple[int, ...] = ()
+
+    @property
+    def mesh(self) -> tuple[int, ...]:
+        return (self.ranks,)
+
+    def problem(self) -> LinearProblem:
+        shape = LinearShape(self.batch, self.heads, self.key_dim, self.value_dim, self.decay, self.dtype)
+        choice = parse_linear(self.strategy)
+        layout = SequenceLayout("contiguous", self.tokens, self.ranks, self.documents)
+        return LinearProblem(shape, layout, choice, choice, self.causal)
+
+    def schedule(self, way: Pass, rank: int) -> Schedule:
+        return self.problem().schedule(way, rank)
+
+    def schedules(self, way: Pass) -> list[Schedule]:
+        """Of all ranks, in rank order."""
+        return [self.schedule(way, rank) for rank in range(self.ranks)]
+
+
+AnyCase = Case | LinearCase
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What processes computed and sent: the worst difference of out, dq, dk, dv from one process, as a share of the
     largest value of each; and bytes that all ranks sent in the forward and in the backward pass."""
@@ -99,17 +138,17 @@ class Bench:
     """environ: what local processes are started with. `exact` holds the cases that were run on them."""
 
     environ: Mapping[str, str]
-    exact: dict[Case, Outcome] = field(default_factory=dict)
-    timelines: dict[tuple[Case, Pass, str], Timeline] = field(default_factory=dict)
-    emulated: dict[tuple[Case, str], Emulation | Unsupported] = field(default_factory=dict)
+    exact: dict[AnyCase, Outcome] = field(default_factory=dict)
+    timelines: dict[tuple[AnyCase, Pass, str], Timeline] = field(default_factory=dict)
+    emulated: dict[tuple[AnyCase, str], Emulation | Unsupported] = field(default_factory=dict)
 
-    def outcome(self, case: Case, among: Sequence[Case]) -> Outcome:
+    def outcome(self, case: AnyCase, among: Sequence[AnyCase]) -> Outcome:
         """A case on real local processes; all cases of `among` are run together, at the first need."""
         if case not in self.exact:
             self.exact |= run_processes(among, self.environ)
         return self.exact[case]
 
-    def simulate(self, case: Case, way: Pass, cluster: Cluster) -> Timeline:
+    def simulate(self, case: AnyCase, way: Pass, cluster: Cluster) -> Timeline:
         """The simulated pass; ranks that are alike are folded, so the timeline may hold fewer than there are."""
         from counterpoint.simulator.fold import fold
         from counterpoint.simulator.simulate import simulate
@@ -120,7 +159,7 @@ class Bench:
             self.timelines[key] = simulate(schedules, cluster, symmetry=symmetry)
         return self.timelines[key]
 
-    def emulate(self, case: Case, among: Sequence[Case], cluster: Cluster) -> Emulation:
+    def emulate(self, case: AnyCase, among: Sequence[AnyCase], cluster: Cluster) -> Emulation:
         """Both passes of a case on a scale model of a cluster, measured twice; all of `among` at the first need.
 
         Raises Unsupported (a ValueError): no rights or no kernel support for a scale model.
@@ -143,7 +182,7 @@ class Bench:
         return known
 
 
-def run_processes(cases: Sequence[Case], environ: Mapping[str, str]) -> dict[Case, Outcome]:
+def run_processes(cases: Sequence[AnyCase], environ: Mapping[str, str]) -> dict[AnyCase, Outcome]:
     """Run cases on local processes over gloo, as many as the largest case has ranks.
 
     Raises WorkerFailure (a RuntimeError) when a process fails.
@@ -161,9 +200,16 @@ def run_processes(cases: Sequence[Case], environ: Mapping[str, str]) -> dict[Cas
     return {case: Outcome(**outcome) for case, outcome in zip(cases, found, strict=True)}
 
 
-def read_cases(plan: Path) -> list[Case]:
+def read_cases(plan: Path) -> list[AnyCase]:
     """The cases that `run_processes` has written down."""
-    return [Case(**{**row, "mesh": tuple(row["mesh"])}) for row in json.loads(plan.read_text())]
+    return [_read_case(row) for row in json.loads(plan.read_text())]
+
+
+def _read_case(row: dict[str, Any]) -> AnyCase:
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in row.items()
+    }
+    return LinearCase(**values) if "decay" in row else Case(**values)
 
 
 _CLUSTER = """

@@ -120,6 +120,10 @@ class AttentionProblem:
             return self.queries(rank)
         return Tokens((*self.cached.local(rank).runs, *self.queries(rank).runs))
 
+    def schedule(self, which: Literal["forward", "backward"], rank: int) -> Schedule:
+        """One pass of one rank."""
+        return (forward_schedule if which == "forward" else backward_schedule)(self, rank)
+
     @property
     def keeps_heads(self) -> bool:
         """The forward pass leaves its exchanged heads for the backward pass."""

@@ -201,19 +201,19 @@ class LinearBuilder(Builder):
         }
         received = self.collective(kind, "states", sends, recvs)
         return {
-            way: [
-                State(self.cast(received[rank][0], self.shape.state.dtype), (*received[rank][1:], None)[0])
-                for rank in source[way]
-            ]
+            way: [State(received[rank][0], (*received[rank][1:], None)[0]) for rank in source[way]]
             for way in self.ways
         }
 
     def fold(self, states: Sequence[State]) -> Value | None:
         """Several chunks as one, the farthest first; None of none."""
+        dtype = self.shape.state.dtype
         if len(states) < 2:
-            return states[0].value if states else None
+            return self.cast(states[0].value, dtype) if states else None
         totals = [s.total for s in states[1:] if s.total is not None]
-        return self.compute(FoldStates(len(states)), *(s.value for s in states), *totals, names=("state",))[0]
+        return self.compute(
+            FoldStates(len(states), dtype), *(s.value for s in states), *totals, names=("state",)
+        )[0]
 
     def after(self, arrived: Value | None, own: State) -> State:
         """What leaves this rank, from what has arrived and what it adds; the former only where no document ends."""

@@ -18,6 +18,8 @@ from counterpoint.emulation.report import rows, step_rows, write_directory
 from counterpoint.strategies.sequence.attention import AttentionProblem, parse_choices
 from counterpoint.strategies.sequence.blocks import AttentionShape
 from counterpoint.strategies.sequence.layout import SequenceLayout
+from counterpoint.strategies.sequence.linear import LinearProblem, parse_linear
+from counterpoint.strategies.sequence.linear_builder import LinearShape
 
 
 def supported() -> bool:
@@ -41,6 +43,12 @@ def problem_of(strategy, tokens, ranks, heads, kv_heads, head_dim=64):
     choices = parse_choices(strategy)
     shape = AttentionShape(1, heads, kv_heads, head_dim, "bfloat16")
     return AttentionProblem(shape, SequenceLayout("zigzag", tokens, ranks), (ranks,), choices, choices)
+
+
+def linear_problem_of(strategy: str, tokens: int, ranks: int, heads: int) -> LinearProblem:
+    choice = parse_linear(strategy)
+    layout = SequenceLayout("contiguous", tokens, ranks)
+    return LinearProblem(LinearShape(1, heads, 128, 128, "none", "bfloat16"), layout, choice, choice)
 
 
 def host_links() -> set[str]:
@@ -238,3 +246,24 @@ def test_mistakes_are_refused_before_anything_is_built(change, message):
     problem = problem_of("ring", 24_000, change.pop("ranks", 4), 8, 8)
     with pytest.raises(ValueError, match=message):
         emulate(find_cluster("ascend-full-mesh"), problem, environ=os.environ, **change)
+
+
+@needs_namespaces
+def test_states_beat_their_chain_as_much_as_the_simulator_says():
+    problems = [linear_problem_of(strategy, 32_768, 4, 16) for strategy in ("states", "states_chain")]
+    states, chain = emulate_all(
+        find_cluster("a10x4-pcie"), problems, repetitions=1, pass_seconds=0.8, environ=os.environ
+    )
+    for result in (states, chain):
+        assert result.passes[0].error == pytest.approx(0, abs=0.2)
+        assert (
+            result.problem.layout.tokens == 32_768
+        )  # states do not shrink with the sequence; heads are fewer
+    measured = [r.passes[0].seconds / r.scale.slowdown for r in (states, chain)]
+    assert measured[0] < measured[1]
+
+
+def test_kernels_of_linear_attention_are_held():
+    problem = linear_problem_of("states", 1024, 2, 2)
+    with pytest.raises(ValueError, match="use --compute timed"):
+        emulate(find_cluster("a10x4-pcie"), problem, compute="real", environ=os.environ)

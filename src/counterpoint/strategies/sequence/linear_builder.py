@@ -232,14 +232,14 @@ class LinearBuilder(Builder):
     def send_state(self, state: State, ranks: Sequence[int], way: Way, wire_dtype: str | None) -> None:
         """Pass a state to the nearest of the ranks that it reaches."""
         if ranks:
-            self.send([self.cast(state.value, wire_dtype)], ranks[-1], f"state.{way}")
+            self.send([self.cast(state.value, wire_dtype)], ranks[-1], way)
 
     def recv_state(self, ranks: Sequence[int], way: Way, wire_dtype: str | None) -> Value | None:
         """What the nearest of the ranks passes on."""
         if not ranks:
             return None
         spec = self.shape.state.cast(wire_dtype or self.shape.state.dtype)
-        return self.cast(self.recv([spec], ranks[-1], f"state.{way}", ["arrived"])[0], self.shape.state.dtype)
+        return self.cast(self.recv([spec], ranks[-1], way, ["arrived"])[0], self.shape.state.dtype)
 
     def _decay_spec(self) -> list[TensorSpec]:
         width, state = self.shape.decay_width, self.shape.state

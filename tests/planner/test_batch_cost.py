@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from counterpoint.cluster.presets import find_cluster
+from counterpoint.model.linear_config import LinearLayers
 from counterpoint.planner import batch_probe, layer_work
 from counterpoint.planner.batch_cost import BatchCost
 from support.batches import MODEL, small_cost
@@ -75,3 +76,22 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
         ).capacity
     with pytest.raises(ValueError, match="1 to 8"):
         BatchCost(MODEL, find_cluster("dgx-a100"), 9)
+
+
+def test_layer_types_add_up() -> None:
+    """A model of linear and softmax layers costs what its layers cost; linear ones grow with tokens alone."""
+    linear = LinearLayers(32, 128, 128)
+    mixed = replace(
+        MODEL, model_type="counterpoint_hybrid", linear=linear,
+        layer_types=("linear_attention", "full_attention", "linear_attention", "linear_attention"),
+    )  # fmt: skip
+    cluster = find_cluster("dgx-a100")
+    plain, hybrid = (BatchCost(m, cluster, 8, tokens_per_rank=16384) for m in (MODEL, mixed))
+    for size in (1, 4):
+        long, short = hybrid.group(range(size)).compute([65536, 1024])
+        softmax, _ = plain.group(range(size)).compute([65536, 1024])
+        assert 64 * short < long < softmax
+        kinds = {kind.type: count for kind, count, _ in hybrid.group(range(size)).by_kind}
+        assert kinds == {"linear_attention": 3, "full_attention": 1}
+    few, many = (hybrid.group(range(4)).seconds([n])[1] for n in (4096, 65536))
+    assert 0 < few < many  # states do not grow, the softmax layer's exchanges do

@@ -23,6 +23,7 @@ from counterpoint.planner.batch_probe import GroupStrategy
 from counterpoint.planner.layer_work import LayerKind, layer_kinds
 from counterpoint.strategies.data.gather import all_gather
 from counterpoint.strategies.sequence.blocks import AttentionShape
+from counterpoint.strategies.sequence.linear_builder import LinearShape
 
 State = Literal["zero1", "zero3"]
 RESERVE = 0.1  # share of the memory left to the library, the allocator and buffers of collectives
@@ -229,6 +230,14 @@ class BatchCost:
         m = self.model
         return AttentionShape(1, m.num_attention_heads, m.num_key_value_heads, m.head_dim, self.dtype)
 
+    @cached_property
+    def linear_shape(self) -> LinearShape:
+        """Of the linear attention layers, which there must be."""
+        m = self.model.linear
+        assert m is not None
+        decay = "scalar" if m.decay == "retention" else m.decay
+        return LinearShape(1, m.num_heads, m.key_head_dim, m.value_head_dim, decay, self.dtype)  # type: ignore[arg-type]
+
     def _place(self, ranks: Sequence[int]) -> tuple:
         """What two groups have in common that take equally long: size, levels, ranks per node."""
         size = len(ranks)
@@ -260,21 +269,31 @@ class BatchCost:
         """One layer of this kind, forward and backward (and forward again where layers are recomputed)."""
         size, device = len(ranks), self.cluster.device(ranks[0])
         strategy, again = self.strategy_of(size), 1 + self.recompute
+        linear = self.linear_shape if kind.type == "linear_attention" else None
         rows, times, attends = [], [], []
         for t in loads:
-            work = layer_work.layer_operations(self.model, t, self.dtype)
+            work = layer_work.layer_operations(self.model, t, self.dtype, kind)
             forward, backward = (
                 layer_work.seconds(device, work, self.dtype, backward=b) for b in (False, True)
             )
-            for share in SHARES:
-                f, b = batch_probe.compute(self.shape, strategy, size, t, share, device)
+            for share in SHARES[:1] if linear else SHARES:
+                if linear:
+                    f, b = batch_probe.linear_compute(linear, size, t, device)
+                else:
+                    f, b = batch_probe.compute(self.shape, strategy, size, t, share, device)
                 whole = t * size
-                rows.append([share * whole * (whole + 1) / 2, t * size, 1.0])
+                rows.append([0.0 if linear else share * whole * (whole + 1) / 2, t * size, 1.0])
                 times.append(again * (forward + f) + backward + b)
                 attends.append(again * f + b)
-        compute = Linear(*_least_squares(rows, times))
+        if linear:
+            compute = Linear(0.0, *_least_squares([row[1:] for row in rows], times))
+        else:
+            compute = Linear(*_least_squares(rows, times))
         if size == 1:
             return LayerCost(compute)
+        if linear:  # states, whose size no sequence changes
+            sent = batch_probe.linear_communication(linear, ranks, loads[0], self.cluster)
+            return LayerCost(compute, Linear(0.0, 0.0, again * sent[0] + sent[1]))
         ends = [loads[0], loads[-1]]  # messages have no other figure than their size
         passes = batch_probe.communication(
             self.shape, strategy, ranks, ends, self.cluster, again, self._probes
@@ -311,6 +330,8 @@ class BatchCost:
 
 def _pairs(s: np.ndarray, kind: LayerKind) -> np.ndarray:
     """`LayerKind.pairs` of many lengths."""
+    if kind.type == "linear_attention":
+        return np.zeros_like(s)
     w = s if kind.window is None else np.minimum(s, kind.window)
     return w * (w + 1) / 2 + (s - w) * w
 

@@ -22,7 +22,9 @@ class LayerKind:
     window: int | None = None
 
     def pairs(self, length: int) -> int:
-        """(query, key) pairs that see each other in a causal sequence of `length` tokens."""
+        """(query, key) pairs that see each other in a causal sequence of `length` tokens; none in linear attention."""
+        if self.type == "linear_attention":
+            return 0
         w = length if self.window is None else min(self.window, length)
         return w * (w + 1) // 2 + (length - w) * w
 
@@ -31,6 +33,9 @@ def layer_kinds(config: ModelConfig) -> dict[LayerKind, int]:
     """How many layers of each kind the model has."""
     kinds: Counter[LayerKind] = Counter()
     for layer in config.layers:
+        if config.is_linear(layer):
+            kinds[LayerKind("linear_attention")] += 1
+            continue
         window = config.window(layer)
         kinds[LayerKind("full_attention" if window is None else "sliding_attention", window)] += 1
     return dict(kinds)
@@ -52,19 +57,32 @@ def product(tokens: int, inner: int, outer: int, dtype: str, times: int = 1) -> 
     return Operation("matmul", 2.0 * tokens * inner * outer, moved, times)
 
 
-def layer_operations(config: ModelConfig, tokens: int, dtype: str) -> list[Operation]:
+def mixer_width(config: ModelConfig, kind: LayerKind) -> tuple[int, int]:
+    """(elements that a token's q or its output has, those of all its other projections), by kind of layer."""
+    if kind.type == "linear_attention":
+        assert config.linear is not None
+        keys = config.linear.num_heads * config.linear.key_head_dim
+        values = config.linear.num_heads * config.linear.value_head_dim
+        return values, 2 * keys + values * config.linear.output_gate
+    return config.num_attention_heads * config.head_dim, 2 * config.num_key_value_heads * config.head_dim
+
+
+def layer_operations(
+    config: ModelConfig, tokens: int, dtype: str, kind: LayerKind = LayerKind()
+) -> list[Operation]:
     """The forward pass of a layer without attention: matrix products, and what goes over the hidden state."""
-    h, f = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    e = ITEM_BYTES[dtype]
+    h, f, e = config.hidden_size, config.intermediate_size, ITEM_BYTES[dtype]
+    q, rest = mixer_width(config, kind)
     return [
         product(tokens, h, q, dtype),
-        product(tokens, h, kv, dtype, 2),
+        product(tokens, h, rest // 2, dtype, 2),
         product(tokens, q, h, dtype),
         product(tokens, h, f, dtype, 2),
         product(tokens, f, h, dtype),
         Operation("elementwise", 0.0, 2.0 * e * tokens * h, 2),  # two norms
-        Operation("elementwise", 0.0, 2.0 * e * tokens * (q + kv)),  # rotary embedding
+        Operation(
+            "elementwise", 0.0, 2.0 * e * tokens * (q + rest / 2)
+        ),  # rotary embedding, or what maps q and k
         Operation("elementwise", 0.0, 3.0 * e * tokens * f),  # silu(gate) * up
         Operation("elementwise", 0.0, 3.0 * e * tokens * h, 2),  # two residual sums
     ]
@@ -90,7 +108,7 @@ def seconds(device: Device, operations: list[Operation], dtype: str, *, backward
 
 
 def activation_bytes(config: ModelConfig, dtype: str, *, recompute: bool) -> float:
-    """Bytes of one token kept in one layer for its backward pass.
+    """Bytes of one token kept in one layer for its backward pass, mean over layers.
 
     Kept whole: two layer inputs and two norm outputs (h each), q, k, v, the attention output and its logsumexp,
     gate, up and their product. Recomputed: the layer's input alone.
@@ -98,8 +116,11 @@ def activation_bytes(config: ModelConfig, dtype: str, *, recompute: bool) -> flo
     h, f, e = config.hidden_size, config.intermediate_size, ITEM_BYTES[dtype]
     if recompute:
         return e * h
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return e * (4 * h + 2 * q + 2 * kv + 3 * f) + 4 * config.num_attention_heads
+    total = 0.0
+    for kind, count in layer_kinds(config).items():
+        q, rest = mixer_width(config, kind)
+        total += count * (e * (4 * h + 2 * q + rest + 3 * f) + 4 * config.num_attention_heads)
+    return total / config.num_hidden_layers
 
 
 def head_bytes(config: ModelConfig, dtype: str) -> float:

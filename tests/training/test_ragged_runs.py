@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from counterpoint.report.run import report_run
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.training.config import TrainConfig
 from counterpoint.training.metrics import read_metrics
 from counterpoint.training.trainer import train
-from training.runs import metrics, small_config, start, train_processes
+from training.runs import metrics, small_config, start
 
 RAGGED = [
     "batching=flexsp",
@@ -49,26 +50,28 @@ def wait_for(directory: Path, step: int) -> None:
 
 
 def test_killed_in_three_ways_and_resumed_on_other_numbers_of_processes(alone):
-    """kill -9 of everything on 3 processes, SIGTERM on 2, Ctrl-C on 4, and 3 to the end: the losses of one process."""
+    """kill -9 of everything on 3 processes, SIGTERM on 2, Ctrl-C on 4, one to the end: the losses of one process."""
     directory = alone.parent / "killed"
     expected = metrics(alone)
     for processes, step, how in ((3, 5, signal.SIGKILL), (2, 6, signal.SIGTERM), (4, 8, signal.SIGINT)):
-        config = ragged(directory, f"parallel.data={processes}")
-        process = start(config)
+        process = start(ragged(directory, f"parallel.data={processes}", "metrics.timeline_steps=[2]"))
         wait_for(directory, step)
         process.send_signal(how)
-        process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=60)
         assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how)
-    out, _ = train_processes(ragged(directory, "parallel.data=3", "metrics.timeline_steps=[12]"))
-    assert "resuming after step" in out and "planned by flexsp for 3 processes" in out
+        assert f"planned by flexsp for {processes} processes" in out
+        assert ("resuming after step" in out) == (processes != 3)
+    assert train(ragged(directory, "parallel.data=1", "batching.tokens_per_rank=200")) == 0
     assert metrics(directory) == pytest.approx(expected, abs=1e-4)
-    lines = read_metrics(directory / "metrics.jsonl")
-    assert [line["tokens"] for line in lines if "loss" in line] == [
+    lines = [line for line in read_metrics(directory / "metrics.jsonl") if "loss" in line]
+    assert [line["tokens"] for line in lines] == [
         line["tokens"] for line in read_metrics(alone / "metrics.jsonl") if "loss" in line
     ]
     assert all(line["measured_seconds"] > 0 and line["groups"] for line in lines)
-    timeline = Timeline.read(directory / "timelines" / "step-00000012.json")
-    assert timeline.meta["plan"]["world_size"] == 3
+    timeline = Timeline.read(directory / "timelines" / "step-00000002.json")
+    assert (
+        timeline.meta["plan"]["world_size"] == 3 and "Groups of step 2" in report_run(directory).read_text()
+    )
     assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if os.fsencode(str(directory)) in _read(p)]
 
 

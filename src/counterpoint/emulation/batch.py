@@ -103,14 +103,15 @@ def emulate_batch(
     *,
     strategy: Choices,
     dtype: str = "bfloat16",
-    head_dim: int = 1,
+    head_dim: int | None = None,
     repetitions: int = 2,
     environ: Mapping[str, str],
     say: Callable[[str], None] = lambda _: None,
 ) -> BatchEmulation:
     """Run plans in turn (A B A B for two repetitions of two plans) on a scale model of the cluster's first ranks.
 
-    head_dim: elements of a head in the messages of the scale model. environ: for the workers.
+    head_dim: elements of a head in the messages of the scale model; default: as few as make a plan take a second, and
+    no fewer, since very small messages pass a rate limit unhindered. environ: for the workers.
 
     Raises:
         ValueError: plans for different numbers of ranks, more than the cluster has or a scale model takes;
@@ -134,9 +135,14 @@ def emulate_batch(
 
     say("simulating the plans on the cluster")
     target = {name: schedules(plan, None) for name, plan in plans.items()}
-    small = {name: schedules(plan, head_dim) for name, plan in plans.items()}
     real = {name: simulate(of_ranks, cluster).seconds for name, of_ranks in target.items()}
-    scale = _scale(cluster, target, small, real)
+    slower = max(choose_rates(cluster, of_ranks, real[name]) for name, of_ranks in target.items())
+    if head_dim is None:
+        head_dim = max(
+            1, min(model.head_dim, round(model.head_dim * LEAST_SECONDS / min(real.values()) / slower))
+        )
+    small = {name: schedules(plan, head_dim) for name, plan in plans.items()}
+    scale = _scale(slower, target, small, real)
     held = {
         name: [
             hold(s, [t * scale.slowdown for t in step_seconds(cluster, whole)])
@@ -167,18 +173,17 @@ def emulate_batch(
 
 
 def _scale(
-    cluster: Cluster,
+    slower: float,
     target: Mapping[str, Sequence[Schedule]],
     small: Mapping[str, Sequence[Schedule]],
     real: Mapping[str, float],
 ) -> Scale:
-    """How much slower links must be so that this machine carries the traffic of every plan, and their messages."""
+    """Time and bytes of the scale model, whose links are at least `slower` times slower, as this machine needs."""
     totals = [
         sum(sum(bytes_by_pair(of_ranks).values()) for of_ranks in side.values()) for side in (target, small)
     ]
     shrink = totals[0] / totals[1] if totals[1] else 1.0
-    rates = max(choose_rates(cluster, of_ranks, real[name]) for name, of_ranks in target.items())
-    return Scale(max(rates / shrink, LEAST_SECONDS / min(real.values())), shrink)
+    return Scale(max(slower / shrink, LEAST_SECONDS / min(real.values())), shrink)
 
 
 def _measured(job: Programs, world_size: int, name: str, simulated: Timeline, cluster: float) -> Measured:

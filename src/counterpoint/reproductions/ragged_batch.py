@@ -43,7 +43,7 @@ class Setting:
     sequences: int = 96
     longest: int = 65_536
     tokens_per_rank: int = 12_288
-    network: float = 6.25
+    network: float = 3.125
     seed: int = 0
 
     @property

@@ -19,12 +19,16 @@ from pathlib import Path
 
 from counterpoint.reproductions.ragged_batch import RANKS, Setting, emulate_plans
 
+DEFAULT = Setting()
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--network", type=float, nargs="+", default=[Setting().network], help="GB/s of a device's port")
+    parser.add_argument(
+        "--network", type=float, nargs="+", default=[DEFAULT.network], help="GB/s of a device's port"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the lengths")
-    parser.add_argument("--sequences", type=int, default=Setting().sequences)
+    parser.add_argument("--sequences", type=int, default=DEFAULT.sequences)
     parser.add_argument("--repetitions", type=int, default=2, help="of A B")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()

@@ -140,6 +140,7 @@ class BatchCost:
     dtype: str = "bfloat16"
     tokens_per_rank: int | None = None
     _groups: dict[tuple, GroupCost] = field(default_factory=dict, repr=False)
+    _kernels: dict[tuple, float] = field(default_factory=dict, repr=False)
     _probes: dict[batch_probe.Probe, float] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -280,7 +281,7 @@ class BatchCost:
                 if linear:
                     f, b = batch_probe.linear_compute(linear, size, t, device)
                 else:
-                    f, b = batch_probe.compute(self.shape, strategy, size, t, share, device)
+                    f, b = batch_probe.compute(self.shape, strategy, size, t, share, device, self._kernels)
                 whole = t * size
                 rows.append([0.0 if linear else share * whole * (whole + 1) / 2, t * size, 1.0])
                 times.append(again * (forward + f) + backward + b)

@@ -69,18 +69,33 @@ def compute_seconds(schedule: Schedule, device: Device, share: float = 1.0) -> f
 
 
 def compute(
-    shape: AttentionShape, strategy: GroupStrategy, ranks: int, tokens: int, share: float, device: Device
+    shape: AttentionShape,
+    strategy: GroupStrategy,
+    ranks: int,
+    tokens: int,
+    share: float,
+    device: Device,
+    known: dict[tuple, float],
 ) -> tuple[float, float]:
     """(forward, backward) seconds of a rank's kernels for `tokens` tokens a rank.
 
-    share: visible pairs, of those that one sequence of all the tokens has.
+    share: visible pairs, of those that one sequence of all the tokens has. known: passes costed so far.
     """
     small = min(ranks, RINGS[1]) if strategy == "ring" else ranks
+
+    def kernels(make: Callable[[AttentionProblem, int], Schedule], size: int) -> float:
+        key = (device.name, make.__name__, strategy, size, tokens, share)
+        if key not in known:
+            known[key] = compute_seconds(
+                make(problem(shape, strategy, size, (tokens * size,)), 0), device, share
+            )
+        return known[key]
+
     found = []
     for make in _PASSES:
-        total = compute_seconds(make(problem(shape, strategy, small, (tokens * small,)), 0), device, share)
+        total = kernels(make, small)
         if small < ranks:  # the first step is the rank's own block, the others are alike
-            own = compute_seconds(make(problem(shape, strategy, 1, (tokens,)), 0), device, share)
+            own = kernels(make, 1)
             total = own + (total - own) * (ranks - 1) / (small - 1)
         found.append(total)
     return found[0], found[1]

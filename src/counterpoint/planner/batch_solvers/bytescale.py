@@ -163,7 +163,9 @@ def _balanced(
     lone = one.compute([lengths[n.sequence] for n in needs]) + sum(one.fixed)
     for n, seconds in zip(needs, lone.tolist(), strict=True):
         rank = int(times.argmin())
-        if n.ranks == 1 and times[rank] + seconds <= level:
+        if n.ranks == 1 and (
+            times[rank] + seconds <= level or seconds < 0.1 * level
+        ):  # too small to leave gaps
             work.append(Group((rank,), (n.sequence,), n.offload))
             times[rank] += seconds
             continue

@@ -25,7 +25,8 @@ def demo(
     """Train a small Llama-shaped model with TokenRing attention over four processes on real text.
 
     Proves that loss and gradients equal those of one process, trains for a few minutes on Python's own standard
-    library, samples from the model, and writes a report page and a picture of the measured timeline.
+    library, samples from the model, and writes a report page with the predicted and the measured timeline beside each
+    other, and a picture.
     """
     from rich.console import Console
 
@@ -62,15 +63,66 @@ def demo(
     (directory / "config.yaml").write_text(settings.to_yaml())
     if not prove(settings):
         raise typer.Exit(1)
-    console.rule(f"[bold]2. Training on {processes} processes, {tokens:,} tokens of context, {strategy}")
+    console.rule("[bold]2. How long will a step take? Its parts are measured, the step is simulated")
+    prediction = _predicted(settings)
+    console.rule(f"[bold]3. Training on {processes} processes, {tokens:,} tokens of context, {strategy}")
     _train(settings, processes)
-    console.rule("[bold]3. A sample")
+    console.rule("[bold]4. A sample")
     text = _sample(directory)
     console.print(text, markup=False, highlight=False)
-    console.rule("[bold]4. What happened, measured")
-    page, picture = write_pages(directory, text, processes)
+    console.rule("[bold]5. What was predicted, and what happened")
+    page, picture = write_pages(directory, text, processes, prediction)
     console.print(f"report   {page.resolve()}\npicture  {picture.resolve()}")
     console.print(f"all of it took {time.monotonic() - began:.0f} s; open the report in a browser")
+
+
+def _predicted(settings):
+    """The prediction of a step on this machine; None where GPUs train, whose kernels are not measured one by one."""
+    from rich.console import Console
+
+    from counterpoint.calibration.machine import this_machine
+    from counterpoint.training.predict import predict_here
+
+    if this_machine().accelerators:
+        Console().print(
+            "not on GPUs: counterpoint plan step --cluster FILE predicts by the figures of a cluster"
+        )
+        return None
+    found = predict_here(settings)
+    Console().print(f"a step will take {found.seconds:.3g} s, {found.tokens_per_second:,.0f} tokens/s")
+    return found
+
+
+def compared(prediction, directory: Path):
+    """Predicted and measured seconds of a step and of its phases, as a section of the page and for the terminal."""
+    from statistics import median
+
+    from counterpoint.planner.step import phase_seconds
+    from counterpoint.report.run import recorded_timelines
+    from counterpoint.report.sections import Section, Table
+    from counterpoint.schedule.timeline import Timeline
+    from counterpoint.training.metrics import read_metrics
+
+    speeds = [
+        m["tokens_per_second"]
+        for m in read_metrics(directory / "metrics.jsonl")
+        if m.get("tokens_per_second")
+    ]
+    steps = sorted(prediction.step.tokens_per_step / speed for speed in speeds[1:] or speeds)
+    middle = median(steps)
+    recorded = phase_seconds(Timeline.read(max(recorded_timelines(directory).items())[1]))
+    rows = [("a step, the median", prediction.seconds, middle)]
+    rows += [
+        (f"{name}, in the recorded step", prediction.phases.get(name, 0.0), recorded[name])
+        for name in recorded
+    ]
+    cells = [(n, f"{p:.4f}", f"{m:.4f}", f"{p - m:+.4f}", f"{p / m - 1:+.0%}") for n, p, m in rows if m > 0]
+    said = (
+        f"predicted {prediction.seconds:.3g} s, measured {middle:.3g} s ({steps[0]:.3g} to {steps[-1]:.3g} s), "
+        f"error {prediction.seconds / middle - 1:+.0%}"
+    )
+    columns = ["seconds", "predicted", "measured", "difference", "error"]
+    return said, Section("Predicted and measured", said, Table(columns, cells), before_timelines=True)
 
 
 def _train(settings, processes: int) -> None:
@@ -91,7 +143,7 @@ def _sample(directory: Path) -> str:
     return PROMPT + "".join(pieces)
 
 
-def write_pages(directory: Path, text: str, processes: int) -> tuple[Path, Path]:
+def write_pages(directory: Path, text: str, processes: int, prediction=None) -> tuple[Path, Path]:
     """The report page, and the picture of one layer's attention, forward and backward."""
     from rich.console import Console
 
@@ -113,7 +165,13 @@ def write_pages(directory: Path, text: str, processes: int) -> tuple[Path, Path]
         Table(columns, rows, caption),
         before_timelines=True,
     )
-    page = report_run(directory, sections=[exact, Section("Sample", preformatted=text)])
+    sections = [exact, Section("Sample", preformatted=text)]
+    if prediction is not None:
+        said, section = compared(prediction, directory)
+        Console().print(said, highlight=False)
+        sections.insert(0, section)
+    predicted = prediction.timeline if prediction is not None else None
+    page = report_run(directory, sections=sections, predicted=predicted)
     timeline = Timeline.read(max(recorded_timelines(directory).items())[1])
     Console().print(category_table(timeline))
     picture = directory / "timeline.png"

@@ -21,12 +21,13 @@ def report_run(
     title: str = "",
     sections: Sequence[Section] = (),
     timelines: int = 1,
+    predicted: Timeline | None = None,
 ) -> Path:
     """Writes the page of a run directory (default: `report.html` in it), and returns its path.
 
     It shows what the directory holds: `metrics.jsonl`, the last `timelines` of `timelines/step-*.json`,
-    `config.yaml`; `sections` are added to it. FileNotFoundError: no such directory. ValueError: the directory
-    is not that of a run, or a timeline file is damaged.
+    `config.yaml`; `sections` are added to it, and a `predicted` timeline beside the last. FileNotFoundError: no such
+    directory. ValueError: the directory is not that of a run, or a timeline file is damaged.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -39,6 +40,8 @@ def report_run(
             "give the directory of a training run"
         )
     shown = {f"step {step}": _read(file) for step, file in sorted(found.items())[-timelines:]}
+    if predicted is not None:
+        shown = {"predicted": predicted, **shown}
     config = directory / "config.yaml"
     settings = [Section("Configuration", preformatted=config.read_text())] if config.exists() else []
     groups = [section for name, line in shown.items() for section in group_sections(name, line)]

@@ -131,7 +131,7 @@ def _group(row: Mapping[str, Any]) -> tuple[list[str], list[float]]:
     texts, rewards = row.get("completions"), row.get("rewards")
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise ValueError("completions must be a list of at least one text")
-    if not _numbers(rewards) or len(rewards) != len(texts):
+    if not isinstance(rewards, list) or not _numbers(rewards) or len(rewards) != len(texts):
         raise ValueError(f"rewards must be {len(texts)} finite numbers, one per completion")
     return [plain_text(t) for t in texts], [float(r) for r in rewards]
 

@@ -184,7 +184,8 @@ class _Saved:
         if nbytes > self.room:
             return None
         self.room -= nbytes
-        whole = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage(), 0, (nbytes,))
+        empty = torch.empty(0, dtype=torch.uint8, device=t.device)
+        whole = empty.set_(t.untyped_storage(), 0, (nbytes,), (1,))  # type: ignore[call-overload]
         moved = Moved(self.layer.tier, self.layer.tier.store(whole), nbytes)
         self.layer.moved.add(moved)
         self.layer.counted.nbytes += nbytes

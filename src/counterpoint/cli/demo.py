@@ -88,7 +88,7 @@ def _predicted(settings):
             "not on GPUs: counterpoint plan step --cluster FILE predicts by the figures of a cluster"
         )
         return None
-    found = predict_here(settings)
+    found = predict_here(settings, os.environ)
     Console().print(f"a step will take {found.seconds:.3g} s, {found.tokens_per_second:,.0f} tokens/s")
     return found
 
@@ -175,7 +175,14 @@ def write_pages(directory: Path, text: str, processes: int, prediction=None) -> 
     timeline = Timeline.read(max(recorded_timelines(directory).items())[1])
     Console().print(category_table(timeline))
     picture = directory / "timeline.png"
-    draw_timeline(timeline, picture, title="Attention of one layer, measured", window=first_layer(timeline))
+    if predicted is None:
+        draw_timeline(
+            timeline, picture, title="Attention of one layer, measured", window=first_layer(timeline)
+        )
+    else:
+        window = (0.0, max(first_layer(timeline)[1], first_layer(predicted)[1]))
+        title = "Attention of one layer: above predicted, below measured"
+        draw_timeline(predicted, picture, other=timeline, title=title, window=window, max_ranks=2)
     return page, picture
 
 

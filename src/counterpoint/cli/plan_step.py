@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,7 @@ def step(
 
     settings = load_config(config, overrides or ())
     if cluster is None:
-        found = predict_here(settings, refresh)
+        found = predict_here(settings, os.environ, refresh)
     else:
         found = predict_on(settings, find_cluster(cluster))
     if as_json:

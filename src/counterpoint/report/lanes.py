@@ -179,7 +179,8 @@ def exposed(timeline: Timeline, rank: int) -> list[tuple[float, float]]:
 def clip(timeline: Timeline, window: tuple[float, float] | None = None, ranks: int | None = None) -> Timeline:
     """The part of a timeline to draw, with time zero at its first span.
 
-    `window` is (start, stop) in seconds after the first span; a span that reaches into it is kept whole.
+    `window` is (start, stop) in seconds after the first span; a span that reaches into it is kept whole. A receive
+    whose message sets out later is left out, and one whose sender is not kept begins when its message sets out.
     `ranks` keeps that many of the lowest ranks. ValueError: an empty or reversed window.
     """
     whole = timeline.shifted()
@@ -187,7 +188,11 @@ def clip(timeline: Timeline, window: tuple[float, float] | None = None, ranks: i
     if window is not None and not window[0] < window[1]:
         raise ValueError(f"window {window} is empty: give (start, stop) in seconds with start < stop")
     a, b = window or (float("-inf"), float("inf"))
-    spans = [s for s in whole.spans if s.rank in keep and s.stop >= a and s.start <= b]
+    begins = transfer_begins(whole.spans)
+    spans = []
+    for s, begin in zip(whole.spans, begins, strict=True):
+        if s.rank in keep and s.stop >= a and begin <= b:
+            spans.append(replace(s, start=begin) if s.kind == "recv" and s.peer not in keep else s)
     memory = [m for m in whole.memory if m.rank in keep]
     return Timeline(whole.source, spans, memory, whole.meta)
 

@@ -62,7 +62,7 @@ def draw_timeline(
         raise ValueError(f"max_ranks is {max_ranks}: at least 1 rank must be drawn")
     whole = [timeline] if other is None else [timeline, other]
     drawn = [clip(t, window, max_ranks) for t in whole]
-    groups = _groups(drawn, memory)
+    groups = _groups(drawn, [t.shifted() for t in whole], memory)
     lanes_down = groups[-1].bottom if groups else 1.0
     lane_inches = min(0.215, max(0.1, 11.0 / lanes_down))
     plot_height = max(0.6, lanes_down * lane_inches)
@@ -118,13 +118,14 @@ def draw_timeline(
     return save(figure, path)
 
 
-def _groups(timelines: list[Timeline], memory: bool) -> list[Group]:
+def _groups(timelines: list[Timeline], whole: list[Timeline], memory: bool) -> list[Group]:
+    """The lanes of the clipped timelines, by rank; shares and exposed time are taken from the whole ones."""
     order = stream_order(timelines)
     lanes = [lay_out(t, order) for t in timelines]
     groups: list[Group] = []
     top = 0.0
     for rank in sorted({rank for t in timelines for rank in t.ranks}):
-        for timeline, laid in zip(timelines, lanes):
+        for timeline, laid in zip(whole, lanes):
             mine = tuple(lane for lane in laid if lane.rank == rank)
             has_memory = memory and any(m.rank == rank for m in timeline.memory)
             if mine or has_memory:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.planner.step import StepPrediction, predict_step
@@ -22,8 +21,18 @@ def step_of(config: TrainConfig, dtype: str = "float32", overlapped: bool = Fals
     """
     if any(kind.kind != "keep" for kind in config.memory.policy.layers):
         raise ValueError("plan step knows memory policy keep only; leave memory.layers as it is")
+    if config.batching.ragged or config.loss.objective != "pretrain":
+        raise ValueError(
+            f"plan step knows packed pretraining only, not batching = {config.batching.solver} with loss.objective = "
+            f"{config.loss.objective}; `counterpoint plan batch` and `plan memory` know more of these"
+        )
     vocabulary = {"bytes": BYTES, "bpe": config.data.vocabulary}.get(config.data.tokenizer)
     shape = model_config(config.model, vocabulary)
+    if any(map(shape.is_linear, shape.layers)):
+        raise ValueError(
+            "plan step knows softmax attention only, and the model has linear attention layers; `counterpoint plan "
+            "attention` knows both"
+        )
     check_attention(config, shape)
     data = 1 if config.parallel.data == "auto" else config.parallel.data
     forward, backward = map(parse_choices, config.parallel.strategies)
@@ -47,11 +56,14 @@ def predict_on(
     return predict_step(step, cluster, progress=progress)
 
 
-def predict_here(config: TrainConfig, refresh: bool = False) -> StepPrediction:
-    """The step on this machine's cores, from its parts as they are measured here (kept for the next time)."""
+def predict_here(config: TrainConfig, environ: Mapping[str, str], refresh: bool = False) -> StepPrediction:
+    """The step on this machine's cores, from its parts as they are measured here (kept for the next time).
+
+    environ: the environment, which says where measurements are kept. refresh: measure again.
+    """
     from counterpoint.calibration.machine import this_machine
     from counterpoint.calibration.step import calibrate_step
 
     step = step_of(config)
-    measured = calibrate_step(step, this_machine(), os.environ, refresh=refresh)
+    measured = calibrate_step(step, this_machine(), environ, refresh=refresh)
     return predict_step(step, measured.cluster(), costs=measured.costs())

@@ -51,9 +51,13 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The lanes of one rank of one timeline, and the height at which they start (in lanes, downwards)."""
+    """The lanes of one rank of one timeline, and the height at which they start (in lanes, downwards).
+
+    timeline: what is drawn; whole: what shares and exposed time are taken from.
+    """
 
     timeline: Timeline
+    whole: Timeline
     rank: int
     lanes: tuple[Lane, ...]
     top: float
@@ -66,7 +70,7 @@ class Group:
 
 def draw_exposed(frame: Frame, group: Group) -> None:
     """Hatches the time in which a rank communicates and nothing runs, on its computing lanes."""
-    lost = [(a * 1e3, b * 1e3) for a, b in exposed(group.timeline, group.rank)]
+    lost = [(a * 1e3, b * 1e3) for a, b in exposed(group.whole, group.rank)]
     spots = coalesce(lost, 0.5 / DPI / frame.inches_per_ms)
     for index, lane in enumerate(group.lanes):
         if lane.is_compute:

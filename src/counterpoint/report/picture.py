@@ -119,17 +119,16 @@ def draw_timeline(
 
 
 def _groups(timelines: list[Timeline], whole: list[Timeline], memory: bool) -> list[Group]:
-    """The lanes of the clipped timelines, by rank; shares and exposed time are taken from the whole ones."""
     order = stream_order(timelines)
     lanes = [lay_out(t, order) for t in timelines]
     groups: list[Group] = []
     top = 0.0
     for rank in sorted({rank for t in timelines for rank in t.ranks}):
-        for timeline, laid in zip(whole, lanes):
+        for timeline, all_of_it, laid in zip(timelines, whole, lanes):
             mine = tuple(lane for lane in laid if lane.rank == rank)
             has_memory = memory and any(m.rank == rank for m in timeline.memory)
             if mine or has_memory:
-                groups.append(Group(timeline, rank, mine, top, has_memory))
+                groups.append(Group(timeline, all_of_it, rank, mine, top, has_memory))
                 top = groups[-1].bottom + 0.25
         top += 0.4
     return groups
@@ -162,7 +161,7 @@ def _draw_group(frame: Frame, group: Group, named: bool) -> None:
 
 def _write_shares(frame: Frame, group: Group) -> None:
     """Percent per category: unlike bars, which stay whole, shares end at the edge of the window."""
-    whole = group.timeline
+    whole = group.whole
     seconds = max(0.0, min(frame.window[1], whole.stop) - max(frame.window[0], whole.start))
     values = cut(whole, frame.window, group.rank).categories(group.rank)
     # The cut holds this rank only, but it is idle as long as another one still works.

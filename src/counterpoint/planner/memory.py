@@ -55,6 +55,11 @@ class Question:
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.batch < 1 or self.group < 1 or self.chunk < 1:
             raise ValueError("tokens, batch, group and chunk must be at least 1")
+        if any(map(self.config.is_linear, self.config.layers)):
+            raise ValueError(
+                "plan memory knows softmax attention only, and the model has linear attention layers; give a model "
+                "without them"
+            )
         if self.training.ranks > self.cluster.world_size:
             raise ValueError(
                 f"{self.training.ranks} ranks were asked for, but cluster {self.cluster.name} has "

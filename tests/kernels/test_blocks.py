@@ -46,8 +46,10 @@ def test_block(tokens, kv_heads, group, causal, window, cut, dtype, only_delta) 
     grads = attend_backward(dout, q, k, v, standing, lse, mask)
     assert reference.error(out, expected.out) < TOLERANCE[dtype]
     assert reference.error(lse, expected.lse, 1.0) < TOLERANCE[dtype]
+    # Where a query sees one key, dq and dk are rounding errors of terms of size 1 and more that cancel.
+    floor = 1.0 if window == 1 else 0.1
     for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
-        assert reference.error(grad, getattr(expected, name), 0.1) < TOLERANCE[dtype], name
+        assert reference.error(grad, getattr(expected, name), floor) < TOLERANCE[dtype], name
 
 
 def test_uneven_groups_of_heads() -> None:

@@ -64,7 +64,8 @@ def test_numbers_are_represented_exactly(values: list[int], data: st.DataObject)
     least = min(total(d, chosen, w) for chosen in combinations(range(len(values)), k))
     found = representatives(values, k, w)
     assert found.deviation == pytest.approx(least)
-    assert len(set(found.medoids)) == k
+    assert len(set(found.medoids)) == len(found.medoids) <= k  # fewer where fewer do as well
+    assert len(found.medoids) == k or least == 0
     assert representatives(values, k, w, method="fasterpam").deviation >= least - 1e-9
 
 

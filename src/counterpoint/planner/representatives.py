@@ -45,7 +45,7 @@ def representatives(
     restarts: int = 3,
     seed: int = 0,
 ) -> Representatives:
-    """Choose k of the items.
+    """Choose k of the items; of numbers fewer, where equal ones make fewer do as well.
 
     items: numbers (their dissimilarity is the difference), a square matrix of dissimilarities, or an array of anything
     with a function `dissimilarity` of two parts of it. weights: how often every item counts, 1 by default. method:

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from counterpoint import SequenceLayout, attention
@@ -108,6 +108,7 @@ def test_more_chunks_hold_less():
 
 
 @given(st.integers(0, 20), st.integers(1, 40), st.booleans(), st.integers(1, 3))
+@example(10, 1, True, 2)  # what fits last depends on the order in which the layer saves
 @settings(max_examples=30)
 def test_offloaded_gradients_are_bit_identical_and_bytes_counted(percent, tokens, qk_norm, tiles):
     ratio = percent / 20

@@ -112,11 +112,9 @@ def saved_tensors(block: Block) -> tuple[Saved, ...]:
 
     saved = [*norm("norm", "x", hidden, first="input"), tensor("norm", "h", hidden)]
     if c.qk_norm:
-        saved += norm("queries", "q_raw", heads, d)
-    saved.append(tensor("queries", "q", heads, d))
-    if c.qk_norm:
-        saved += norm("keys", "k_raw", kv_heads, d)
+        saved += [*norm("queries", "q_raw", heads, d), *norm("keys", "k_raw", kv_heads, d)]
     saved += [
+        tensor("queries", "q", heads, d),  # saved by attention, after both norms
         tensor("keys", "k", kv_heads, d),
         tensor("keys", "v", kv_heads, d),
         tensor("attention", "out", heads, d),

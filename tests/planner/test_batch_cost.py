@@ -11,6 +11,9 @@ from counterpoint.cluster.presets import find_cluster
 from counterpoint.model.linear_config import LinearLayers
 from counterpoint.planner import batch_probe, layer_work
 from counterpoint.planner.batch_cost import BatchCost
+from counterpoint.planner.batch_linear import linear_passes
+from counterpoint.planner.group_cost import MOVES
+from counterpoint.planner.mixed import LINEAR_VARIANTS
 from support.batches import MODEL, small_cost
 
 
@@ -78,15 +81,16 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
         BatchCost(MODEL, find_cluster("dgx-a100"), 9)
 
 
+HYBRID = replace(
+    MODEL, model_type="counterpoint_hybrid", linear=LinearLayers(32, 128, 128, conv_kernel_dim=4),
+    layer_types=("linear_attention", "full_attention", "linear_attention", "linear_attention"),
+)  # fmt: skip
+
+
 def test_layer_types_add_up() -> None:
     """A model of linear and softmax layers costs what its layers cost; linear ones grow with tokens alone."""
-    linear = LinearLayers(32, 128, 128)
-    mixed = replace(
-        MODEL, model_type="counterpoint_hybrid", linear=linear,
-        layer_types=("linear_attention", "full_attention", "linear_attention", "linear_attention"),
-    )  # fmt: skip
     cluster = find_cluster("dgx-a100")
-    plain, hybrid = (BatchCost(m, cluster, 8, tokens_per_rank=16384) for m in (MODEL, mixed))
+    plain, hybrid = (BatchCost(m, cluster, 8, tokens_per_rank=16384) for m in (MODEL, HYBRID))
     for size in (1, 4):
         long, short = hybrid.group(range(size)).compute([65536, 1024])
         softmax, _ = plain.group(range(size)).compute([65536, 1024])
@@ -95,3 +99,34 @@ def test_layer_types_add_up() -> None:
         assert kinds == {"linear_attention": 3, "full_attention": 1}
     few, many = (hybrid.group(range(4)).seconds([n])[1] for n in (4096, 65536))
     assert 0 < few < many  # states do not grow, the softmax layer's exchanges do
+
+
+@pytest.mark.parametrize("strategy", LINEAR_VARIANTS)
+def test_linear_layers_take_what_their_schedules_take(strategy: str) -> None:
+    """On loads that the fit has not seen, for groups inside a node and across."""
+    cost = small_cost(16, tokens_per_rank=16384)
+    cost = replace(cost, model=HYBRID, linear=strategy, _groups={}, _layers={})
+    device = cost.cluster.device(0)
+    for ranks in (range(2), range(6), range(16)):
+        for load in (0.15, 0.6, 0.95):
+            tokens = int(load * cost.capacity)
+            passes = linear_passes(HYBRID, cost.dtype, strategy, ranks, tokens, cost.cluster)
+            work = layer_work.layer_operations(
+                HYBRID, tokens, cost.dtype, layer_work.LayerKind("linear_attention")
+            )
+            around = sum(layer_work.seconds(device, work, cost.dtype, backward=b) for b in (False, True))
+            whole = around + sum(p.compute + p.waiting for p in passes)
+            (share,) = (
+                s for s in cost.group(ranks).shares([tokens * len(ranks)]) if s.name == "linear_attention"
+            )
+            assert share.compute + share.communication == pytest.approx(3 * whole, rel=0.06), (ranks, load)
+            assert share.sent_bytes == pytest.approx(3 * sum(p.sent for p in passes))
+
+
+def test_a_ring_beside_linear_layers_pays_for_changes_of_layout() -> None:
+    ring = BatchCost(HYBRID, find_cluster("dgx-a100"), 8, "ring", tokens_per_rank=16384)
+    for size, moves in ((1, 0), (4, 2)):
+        shares = {s.name: s for s in ring.group(range(size)).shares([8192])}
+        assert (shares[MOVES].times if moves else 0) == moves and (MOVES in shares) == bool(moves)
+    with_heads = ring.with_strategies("ulysses", "states").group(range(4))
+    assert MOVES not in {s.name for s in with_heads.shares([8192])}

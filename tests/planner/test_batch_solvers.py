@@ -66,7 +66,7 @@ def test_offload_takes_what_computing_hides() -> None:
 def test_every_solver_answers_and_the_fastest_is_first() -> None:
     cost = small_cost(8)
     lengths = find_distribution("commoncrawl-like").draw(60, 30_000, seed=0)
-    answers = plan_batch(lengths, cost, solvers(cost))
+    answers = plan_batch(lengths, [[cost]], solvers(cost))
     assert all(a.plan is not None and a.prediction is not None for a in answers)
     times = [a.prediction.seconds for a in answers if a.prediction]
     assert times == sorted(times)
@@ -105,6 +105,23 @@ def test_files_of_lengths(tmp_path) -> None:
             read_lengths(path)
 
 
+def test_a_sequence_that_fits_only_with_offloading_is_placed() -> None:
+    """Whatever lies between what ranks hold and what they hold with all that host memory takes."""
+    cost = small_cost(4, state="zero1", strategy="ring")
+    held, most = (cost.ranks * cost.capacity_with(r) for r in (0.0, cost.most_offload))
+    for length in [*np.random.default_rng(0).integers(held + 1, most + 1, 8).tolist(), most]:
+        plan = bytescale([length, 100], cost)
+        (group,) = (g for row in plan.micro_batches for g in row.groups if 0 in g.sequences)
+        assert group.offload <= cost.most_offload and length <= len(group.ranks) * cost.capacity_with(
+            group.offload
+        )
+        assert plan_batch([length, 100], [[cost]], {"bytescale": bytescale})[0].plan is not None
+    with pytest.raises(
+        ValueError, match=rf"sequence 0 has {most + 1:,} tokens; 4 ranks hold .*{most:,} in all"
+    ):
+        bytescale([most + 1, 100], cost)
+
+
 def test_a_sequence_that_fits_nowhere() -> None:
     with pytest.raises(ValueError, match=r"sequence 1 has 9,000,000 tokens; 8 ranks hold"):
-        plan_batch([5, 9_000_000], small_cost(8))
+        plan_batch([5, 9_000_000], [[small_cost(8)]])

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from counterpoint.cli import batch_options as options
+from counterpoint.cli.batch_table import Asked, plan_asked, print_json, print_table
 from counterpoint.cli.plan_batch import batch
 from counterpoint.cli.plan_memory import memory
 from counterpoint.cli.plan_step import step
@@ -34,7 +36,9 @@ plan.command()(step)
 def attention(
     model: Annotated[str, typer.Option(help="A Hugging Face config.json, its directory, or a preset.")],
     cluster: Annotated[str, typer.Option(help="A preset (counterpoint cluster list) or a YAML file.")],
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens, over all ranks.")],
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="New tokens, over all ranks, in sequences of one length.")
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Ranks that share the sequence.", show_default="all")
     ] = None,
@@ -45,6 +49,19 @@ def attention(
     batch: Annotated[int, typer.Option(min=1)] = 1,
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     causal: Annotated[bool, typer.Option()] = True,
+    lengths: options.Lengths = None,
+    distribution: options.Distribution = None,
+    sequences: options.Sequences = 512,
+    context: options.Context = None,
+    seed: options.Seed = 0,
+    strategy: options.Strategy = None,
+    linear: options.LinearStrategy = None,
+    state: options.Sharding = options.State.zero3,
+    recompute: options.Recompute = False,
+    tokens_per_rank: options.TokensPerRank = None,
+    solver: options.Solvers = None,
+    effort: options.Effort = 100,
+    workers: options.Workers = 2,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 12,
     page: Annotated[
         Path | None,
@@ -56,6 +73,9 @@ def attention(
 
     For a model with layers of several types (linear attention, windows): the cost of each, and of the whole model with
     the changes of layout between them.
+
+    With --lengths or --distribution in the place of --tokens: sequences of different lengths, in the table that `plan
+    batch` gives, with the options from --sequences to --workers.
 
     counterpoint plan attention --model smollm2-135m --cluster a10x4-pcie --tokens 24000
     """
@@ -69,6 +89,34 @@ def attention(
     from counterpoint.strategies.sequence.blocks import AttentionShape
     from counterpoint.training.model import model_config
 
+    if lengths is not None or distribution is not None:
+        if tokens is not None:
+            raise ValueError("give either --tokens or the lengths of sequences (--lengths, --distribution)")
+        _refuse(
+            "sequences of one length (--tokens)",
+            {
+                "--cached": cached, "--phase": phase is not Phase.train, "--batch": batch > 1,
+                "--no-causal": not causal, "--report": page,
+            },
+        )  # fmt: skip
+        asked = Asked(
+            model, cluster, lengths, distribution, sequences, context, seed, ranks, strategy or (), linear or (),
+            state.value, recompute, tokens_per_rank, dtype, solver or (), effort, workers,
+        )  # fmt: skip
+        planned = plan_asked(asked)
+        print_json(asked, planned) if as_json else print_table(planned, top)
+        return
+    if tokens is None:
+        raise ValueError(
+            "give --tokens N, or --lengths FILE or --distribution NAME for sequences that differ in length"
+        )
+    _refuse(
+        "ragged data (--lengths, --distribution)",
+        {
+            "--strategy": strategy, "--linear": linear, "--solver": solver, "--recompute": recompute,
+            "--tokens-per-rank": tokens_per_rank, "--context": context,
+        },
+    )  # fmt: skip
     config = model_config(model, None)
     place = find_cluster(cluster)
     shape = AttentionShape(
@@ -76,11 +124,11 @@ def attention(
     )
     windows = {config.window(layer) for layer in config.layers}
     if config.linear is not None or len(windows) > 1:
-        _mixed(cached, page)
-        asked = MixedQuestion(
+        _refuse("models whose layers are all alike", {"--cached": cached, "--report": page})
+        mixed = MixedQuestion(
             config, place, ranks or place.world_size, tokens, batch, dtype, causal, phase.value
         )
-        answer_mixed(asked, as_json)
+        answer_mixed(mixed, as_json)
         return
     window = windows.pop()
     question = Question(shape, place, ranks or place.world_size, tokens, cached, causal, window, phase.value)
@@ -104,11 +152,11 @@ def attention(
 plan.command()(batch)
 
 
-def _mixed(cached: int, page: Path | None) -> None:
-    """ValueError for what there is no answer to when layers are not alike."""
-    for option, given in (("--cached", cached), ("--report", page)):
-        if given:
-            raise ValueError(f"{option} goes with models whose layers are all alike; leave it out")
+def _refuse(what: str, given: dict[str, object]) -> None:
+    """ValueError for an option that goes with something else."""
+    for option, value in given.items():
+        if value:
+            raise ValueError(f"{option} goes with {what}; leave it out")
 
 
 def _write_page(question, answer, page: Path) -> None:

@@ -7,23 +7,25 @@ schedule are costed on the cluster (`batch_probe`) for a few loads, and a1 pairs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from math import ceil
 from typing import Literal
 
-import numpy as np
-
 from counterpoint.cluster.cluster import Cluster
+from counterpoint.cluster.device import Device
 from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.model.config import ModelConfig
 from counterpoint.planner import batch_probe, layer_work
+from counterpoint.planner.batch_linear import linear_passes, move_passes
 from counterpoint.planner.batch_probe import GroupStrategy
+from counterpoint.planner.group_cost import MOVES, GroupCost, LayerCost, Linear, least_squares, waiting
 from counterpoint.planner.layer_work import LayerKind, layer_kinds
 from counterpoint.strategies.data.gather import all_gather
 from counterpoint.strategies.sequence.blocks import AttentionShape
-from counterpoint.strategies.sequence.linear_builder import LinearShape
+from counterpoint.strategies.sequence.linear import parse_linear
 
 State = Literal["zero1", "zero3"]
 RESERVE = 0.1  # share of the memory left to the library, the allocator and buffers of collectives
@@ -31,101 +33,13 @@ SHARES = (1.0, 1 / 8, 1 / 64, 1 / 1024)  # visible pairs, of those that one sequ
 LOADS = (1.0, 1 / 3, 1 / 12)  # tokens a rank, as shares of what it can hold
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """pairs, tokens -> seconds: `pair` a visible pair (of the whole group), `token` a token, `fixed` in any case."""
-
-    pair: float = 0.0
-    token: float = 0.0
-    fixed: float = 0.0
-
-    def __add__(self, other: Linear) -> Linear:
-        return Linear(self.pair + other.pair, self.token + other.token, self.fixed + other.fixed)
-
-    def times(self, factor: float) -> Linear:
-        return Linear(factor * self.pair, factor * self.token, factor * self.fixed)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCost:
-    """A layer of a group, forward and backward. time = compute + exposed + max(0, travelling - hiding).
-
-    exposed: messages that computing never hides. travelling: messages under way while blocks are attended, which takes
-    `hiding`.
-    """
-
-    compute: Linear
-    exposed: Linear = Linear()
-    travelling: Linear = Linear()
-    hiding: Linear = Linear()
-
-
-@dataclass(frozen=True)
-class GroupCost:
-    """Costs of a group of `size` ranks, forward and backward: sums over layers of every kind, and over sequences.
-
-    by_kind: (kind, how many layers, cost of one). rest: embedding, head, loss.
-    """
-
-    size: int
-    strategy: GroupStrategy
-    by_kind: tuple[tuple[LayerKind, int, LayerCost], ...]
-    rest: Linear
-
-    def compute(self, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Seconds of computing that every sequence adds; `fixed` comes once."""
-        s = np.asarray(lengths, dtype=np.float64)
-        return self._sum(s, lambda c: c.compute) + self.rest.token * s
-
-    def exposed(self, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Seconds of messages that every sequence adds and nothing hides."""
-        return self._sum(np.asarray(lengths, dtype=np.float64), lambda c: c.exposed)
-
-    def travelling(self, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Seconds that every sequence adds to messages beyond what its computing hides; may be negative.
-
-        Only a positive sum over all sequences, with its fixed part, takes time.
-        """
-        s = np.asarray(lengths, dtype=np.float64)
-        return self._sum(s, lambda c: c.travelling) - self._sum(s, lambda c: c.hiding)
-
-    @cached_property
-    def fixed(self) -> tuple[float, float, float]:
-        """What (compute, exposed, travelling) of a group begin with."""
-        rows = [(count, cost) for _, count, cost in self.by_kind]
-        return (
-            self.rest.fixed + sum(n * c.compute.fixed for n, c in rows),
-            sum(n * c.exposed.fixed for n, c in rows),
-            sum(n * (c.travelling.fixed - c.hiding.fixed) for n, c in rows),
-        )
-
-    def seconds(self, lengths: Sequence[int] | np.ndarray) -> tuple[float, float]:
-        """(computing, exposed communication) of the group with these sequences."""
-        s = np.asarray(lengths, dtype=np.float64)
-        tokens = float(s.sum())
-        compute, exposed, travelling = self.fixed
-        compute += self.rest.token * tokens
-        for kind, count, cost in self.by_kind:
-            pairs = count * float(_pairs(s, kind).sum())
-            compute += cost.compute.pair * pairs + count * cost.compute.token * tokens
-            exposed += cost.exposed.pair * pairs + count * cost.exposed.token * tokens
-            travelling += (cost.travelling.pair - cost.hiding.pair) * pairs
-            travelling += count * (cost.travelling.token - cost.hiding.token) * tokens
-        return compute, exposed + max(0.0, travelling)
-
-    def _sum(self, s: np.ndarray, part: Callable[[LayerCost], Linear]) -> np.ndarray:
-        total = np.zeros_like(s)
-        for kind, count, cost in self.by_kind:
-            linear = part(cost)
-            total += count * (linear.pair * _pairs(s, kind) + linear.token * s)
-        return total
-
-
 @dataclass
 class BatchCost:
     """Costs and memory of batches of a model on the first `ranks` ranks of a cluster.
 
-    strategy: how a group shares its sequences; where Ulysses has too few heads the group is a ring. state: "zero3"
+    strategy: how a group shares its sequences; where Ulysses has too few heads the group is a ring. linear: strategy
+    of linear attention layers, whose tokens lie in order; a ring's do not, so that hidden states change their layout
+    between the two. state: "zero3"
     (parameters, gradients and optimizer sharded over all ranks, gathered in every layer: synchronous micro-batches)
     or "zero1" (only the optimizer sharded). recompute: layers keep their input alone and run again. tokens_per_rank:
     most tokens that a rank may hold at a time; default: what its memory takes.
@@ -139,7 +53,9 @@ class BatchCost:
     recompute: bool = False
     dtype: str = "bfloat16"
     tokens_per_rank: int | None = None
+    linear: str = "states"
     _groups: dict[tuple, GroupCost] = field(default_factory=dict, repr=False)
+    _layers: dict[tuple, LayerCost] = field(default_factory=dict, repr=False)
     _kernels: dict[tuple, float] = field(default_factory=dict, repr=False)
     _probes: dict[batch_probe.Probe, float] = field(default_factory=dict, repr=False)
 
@@ -150,6 +66,24 @@ class BatchCost:
             )
         if self.tokens_per_rank is not None and self.tokens_per_rank < 1:
             raise ValueError(f"tokens_per_rank is {self.tokens_per_rank}; give at least 1")
+        self.linear = str(parse_linear(self.linear))
+
+    def with_strategies(self, strategy: GroupStrategy, linear: str) -> BatchCost:
+        """The same with other strategies; layers that have been fitted are shared."""
+        return replace(self, strategy=strategy, linear=linear, _groups={})
+
+    @property
+    def offloads(self) -> bool:
+        """Whether activations can go to host memory: that of the first and of the last layer stay."""
+        return len(self.cluster.device(0).memory) > 1 and self.model.num_hidden_layers > 2
+
+    @property
+    def strategies(self) -> dict[str, str]:
+        """The strategy of every type of layers that the model has."""
+        return {
+            kind.label: self.linear if kind.type == "linear_attention" else self.strategy
+            for kind in layer_kinds(self.model)
+        }
 
     # ---- memory --------------------------------------------------------------------------------
     @property
@@ -195,13 +129,31 @@ class BatchCost:
         return int(room / self.token_bytes)
 
     def capacity_with(self, offload: float) -> int:
-        """Most tokens a rank can hold when it offloads this share of the inner layers' activations."""
-        layers = self.model.num_hidden_layers
-        kept = self.token_bytes - offload * max(0, layers - 2) * self.layer_bytes
-        return int(self.capacity * self.token_bytes / kept)
+        """Most tokens a rank can hold when it offloads this share of the inner layers' activations to the host."""
+        away = offload * self._inner_bytes
+        held = self.capacity * self.token_bytes / (self.token_bytes - away)
+        if away:
+            held = min(held, self.cluster.device(0).memory[1].size_bytes / away)
+        return int(held)
 
-    def fits(self, length: int) -> bool:
-        return length <= self.ranks * self.capacity
+    @property
+    def _inner_bytes(self) -> float:
+        """Bytes that a token keeps in the layers that can offload them."""
+        return max(0, self.model.num_hidden_layers - 2) * self.layer_bytes if self.offloads else 0.0
+
+    @cached_property
+    def most_offload(self) -> float:
+        """The share with which a rank holds the most: all, or less where host memory is full first; 0 without one."""
+        if not self.offloads:
+            return 0.0
+        host = self.cluster.device(0).memory[1].size_bytes
+        return min(
+            1.0, host * self.token_bytes / (self._inner_bytes * (self.capacity * self.token_bytes + host))
+        )
+
+    def offload_for(self, tokens: int) -> float:
+        """The least share with which a rank can hold so many tokens; more than `most_offload` when none does."""
+        return max(0.0, self.token_bytes * (1 - self.capacity / tokens) / self._inner_bytes + 1e-9)
 
     # ---- time ----------------------------------------------------------------------------------
     def offload_seconds(self, tokens: float, offload: float, compute: float) -> float:
@@ -231,14 +183,6 @@ class BatchCost:
         m = self.model
         return AttentionShape(1, m.num_attention_heads, m.num_key_value_heads, m.head_dim, self.dtype)
 
-    @cached_property
-    def linear_shape(self) -> LinearShape:
-        """Of the linear attention layers, which there must be."""
-        m = self.model.linear
-        assert m is not None
-        decay = "scalar" if m.decay == "retention" else m.decay
-        return LinearShape(1, m.num_heads, m.key_head_dim, m.value_head_dim, decay, self.dtype)  # type: ignore[arg-type]
-
     def _place(self, ranks: Sequence[int]) -> tuple:
         """What two groups have in common that take equally long: size, levels, ranks per node."""
         size = len(ranks)
@@ -256,57 +200,96 @@ class BatchCost:
     def _fit(self, ranks: tuple[int, ...]) -> GroupCost:
         size, device = len(ranks), self.cluster.device(ranks[0])
         loads = sorted({max(1, ceil(share * self.capacity)) for share in LOADS})
-        kinds = []
-        for kind, count in layer_kinds(self.model).items():
-            kinds.append((kind, count, self._fit_layer(kind, ranks, loads)))
+        kinds = [
+            (kind, count, self._layer(kind, ranks, loads)) for kind, count in layer_kinds(self.model).items()
+        ]
+        if moves := self._moves(size):
+            kinds.append((LayerKind(MOVES), moves, self._layer(LayerKind(MOVES), ranks, loads)))
         ends = []
         for t in loads:
             work = layer_work.head_operations(self.model, t, self.dtype)
             ends.append(sum(layer_work.seconds(device, work, self.dtype, backward=b) for b in (False, True)))
-        token, fixed = _least_squares([[t, 1.0] for t in loads], ends)
+        token, fixed = least_squares([[t, 1.0] for t in loads], ends)
         return GroupCost(size, self.strategy_of(size), tuple(kinds), Linear(0.0, token / size, fixed))
 
-    def _fit_layer(self, kind: LayerKind, ranks: tuple[int, ...], loads: list[int]) -> LayerCost:
+    def _moves(self, size: int) -> int:
+        """How often hidden states of a group change their layout in a forward pass."""
+        if size == 1 or self.strategy_of(size) == "ulysses":
+            return 0
+        linear = [self.model.is_linear(layer) for layer in self.model.layers]
+        return sum(a != b for a, b in pairwise(linear))
+
+    def _layer(self, kind: LayerKind, ranks: tuple[int, ...], loads: list[int]) -> LayerCost:
         """One layer of this kind, forward and backward (and forward again where layers are recomputed)."""
+        strategy = self.linear if kind.type == "linear_attention" else self.strategy_of(len(ranks))
+        key = (kind, strategy, self._place(ranks))
+        if key not in self._layers:
+            fit = {"linear_attention": self._fit_linear, MOVES: self._fit_move}.get(
+                kind.type, self._fit_softmax
+            )
+            self._layers[key] = fit(kind, ranks, loads)
+        return self._layers[key]
+
+    def _fit_softmax(self, kind: LayerKind, ranks: tuple[int, ...], loads: list[int]) -> LayerCost:
         size, device = len(ranks), self.cluster.device(ranks[0])
         strategy, again = self.strategy_of(size), 1 + self.recompute
-        linear = self.linear_shape if kind.type == "linear_attention" else None
         rows, times, attends = [], [], []
         for t in loads:
-            work = layer_work.layer_operations(self.model, t, self.dtype, kind)
-            forward, backward = (
-                layer_work.seconds(device, work, self.dtype, backward=b) for b in (False, True)
-            )
-            for share in SHARES[:1] if linear else SHARES:
-                if linear:
-                    f, b = batch_probe.linear_compute(linear, size, t, device)
-                else:
-                    f, b = batch_probe.compute(self.shape, strategy, size, t, share, device, self._kernels)
+            around = self._around(kind, t, device)
+            for share in SHARES:
+                f, b = batch_probe.compute(self.shape, strategy, size, t, share, device, self._kernels)
                 whole = t * size
-                rows.append([0.0 if linear else share * whole * (whole + 1) / 2, t * size, 1.0])
-                times.append(again * (forward + f) + backward + b)
+                rows.append([share * whole * (whole + 1) / 2, whole, 1.0])
+                times.append(around + again * f + b)
                 attends.append(again * f + b)
-        if linear:
-            compute = Linear(0.0, *_least_squares([row[1:] for row in rows], times))
-        else:
-            compute = Linear(*_least_squares(rows, times))
+        compute = Linear(*least_squares(rows, times))
         if size == 1:
             return LayerCost(compute)
-        if linear:  # states, whose size no sequence changes
-            sent = batch_probe.linear_communication(linear, ranks, loads[0], self.cluster)
-            return LayerCost(compute, Linear(0.0, 0.0, again * sent[0] + sent[1]))
         ends = [loads[0], loads[-1]]  # messages have no other figure than their size
         passes = batch_probe.communication(
             self.shape, strategy, ranks, ends, self.cluster, again, self._probes
         )
         exposed, travelling = (
-            Linear(0.0, *_least_squares([[t * size, 1.0] for t in ends], list(found))) for found in passes
+            Linear(0.0, *least_squares([[t * size, 1.0] for t in ends], list(found))) for found in passes
         )
+        whole = ends[-1] * size
+        sent = Linear(0.0, batch_probe.sent_bytes(self.shape, strategy, size, ends[-1], again) / whole)
         if strategy == "ulysses":
-            return LayerCost(compute, exposed)
+            return LayerCost(compute, exposed, sent=sent)
         # messages of all steps but one travel while blocks are attended and merged
-        hiding = Linear(*_least_squares(rows, attends)).times((size - 1) / size)
-        return LayerCost(compute, exposed, travelling, hiding)
+        hiding = Linear(*least_squares(rows, attends)).times((size - 1) / size)
+        return LayerCost(compute, exposed, travelling, hiding, sent)
+
+    def _fit_linear(self, kind: LayerKind, ranks: tuple[int, ...], loads: list[int]) -> LayerCost:
+        size, device = len(ranks), self.cluster.device(ranks[0])
+        again = 1 + self.recompute
+        passes = [linear_passes(self.model, self.dtype, self.linear, ranks, t, self.cluster) for t in loads]
+        times = [
+            self._around(kind, t, device) + again * f.compute + b.compute
+            for t, (f, b) in zip(loads, passes, strict=True)
+        ]
+        tokens = [float(t * size) for t in loads]
+        waits = waiting(tokens, [again * f.waiting + b.waiting for f, b in passes])
+        compute = Linear(0.0, *least_squares([[t, 1.0] for t in tokens], times))
+        f, b = passes[-1]
+        return replace(waits, compute=compute, sent=Linear(0.0, 0.0, again * f.sent + b.sent))
+
+    def _fit_move(self, kind: LayerKind, ranks: tuple[int, ...], loads: list[int]) -> LayerCost:
+        """A change of layout: there in the forward pass, back in the backward pass, or the other way round."""
+        hidden, size = TensorSpec((1, 0, self.model.hidden_size), self.dtype), len(ranks)
+        rows, times = [], []
+        for t in (loads[0], loads[-1]):
+            there, back = move_passes(hidden, "zigzag", ranks, t, self.cluster)
+            rows.append([float(t * size), 1.0])
+            times.append(sum(p.compute + p.waiting for p in (there, back)))
+        sent = (there.sent + back.sent) / rows[-1][0]
+        return LayerCost(Linear(), Linear(0.0, *least_squares(rows, times)), sent=Linear(0.0, sent))
+
+    def _around(self, kind: LayerKind, tokens: int, device: Device) -> float:
+        """Seconds of a layer's products, norms and sums, apart from attention itself."""
+        work = layer_work.layer_operations(self.model, tokens, self.dtype, kind)
+        forward, backward = (layer_work.seconds(device, work, self.dtype, backward=b) for b in (False, True))
+        return (1 + self.recompute) * forward + backward
 
     @cached_property
     def state_seconds(self) -> float:
@@ -327,30 +310,3 @@ class BatchCost:
         once = simulate(schedules, self.cluster, symmetry=symmetry).seconds
         once *= (1 - 1 / self.ranks) / (1 - 1 / n)
         return 3 * self.model.num_hidden_layers * once if zero3 else 2 * once
-
-
-def _pairs(s: np.ndarray, kind: LayerKind) -> np.ndarray:
-    """`LayerKind.pairs` of many lengths."""
-    if kind.type == "linear_attention":
-        return np.zeros_like(s)
-    w = s if kind.window is None else np.minimum(s, kind.window)
-    return w * (w + 1) / 2 + (s - w) * w
-
-
-def _least_squares(rows: list[list[float]], values: list[float]) -> list[float]:
-    """Coefficients of least squared relative errors, none below 0."""
-    a, y = np.array(rows), np.array(values)
-    if not y.any():
-        return [0.0] * a.shape[1]
-    a = a / y[:, None]
-    scale = np.abs(a).max(axis=0)
-    keep = list(range(a.shape[1]))
-    while True:
-        found = np.linalg.lstsq(a[:, keep] / scale[keep], np.ones(len(y)), rcond=None)[0]
-        if (found >= 0).all() or len(keep) == 1:
-            break
-        keep.pop(int(found.argmin()))
-    result = [0.0] * a.shape[1]
-    for column, value in zip(keep, found, strict=True):
-        result[column] = max(0.0, float(value / scale[column]))
-    return result

@@ -12,6 +12,10 @@ from typing import Any
 
 from counterpoint.planner.batch import BatchPlan, Group, check_lengths
 from counterpoint.planner.batch_cost import BatchCost
+from counterpoint.planner.group_cost import Share
+
+STATE = "gathering and reducing state"
+COPIES = "copies to and from the host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,8 @@ class Prediction:
     """Time of a batch, forward and backward, and what it consists of, mean over ranks (seconds).
 
     compute + communication + idle = seconds. communication: messages, gathering of state and copies to the host that
-    nothing hides. memory_bytes: on the fullest rank, state included. reserved: share of the memory not planned with.
+    nothing hides. memory_bytes: on the fullest rank, state included. shares: of every type of layers and of all else,
+    which add up to compute and communication; bytes are those of the layers' messages, without gathered state.
     """
 
     seconds: float
@@ -43,12 +48,18 @@ class Prediction:
     idle: float
     memory_bytes: float
     tokens_per_second: float
+    shares: tuple[Share, ...] = ()
     bars: tuple[Bar, ...] = ()
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that a rank sends for its layers, mean."""
+        return sum(share.sent_bytes for share in self.shares)
 
     def to_json(self) -> dict[str, Any]:
         found = asdict(self)
         found.pop("bars")
-        return found
+        return {**found, "sent_bytes": self.sent_bytes}
 
 
 def predict(plan: BatchPlan, cost: BatchCost) -> Prediction:
@@ -89,12 +100,15 @@ def tokens_of(plan: BatchPlan, group: Group) -> int:
     return sum(plan.lengths[i] for i in group.sequences)
 
 
-def group_seconds(plan: BatchPlan, group: Group, cost: BatchCost) -> tuple[float, float]:
-    """(computing, exposed communication) of a group, copies to and from the host that outlast computing included."""
-    compute, messages = cost.group(group.ranks).seconds([plan.lengths[i] for i in group.sequences])
+def group_shares(plan: BatchPlan, group: Group, cost: BatchCost) -> list[Share]:
+    """What a group's time consists of, copies to and from the host that outlast computing included."""
+    shares = cost.group(group.ranks).shares([plan.lengths[i] for i in group.sequences])
     if group.offload:
-        messages += cost.offload_seconds(tokens_of(plan, group) / len(group.ranks), group.offload, compute)
-    return compute, messages
+        compute = sum(share.compute for share in shares)
+        tokens = tokens_of(plan, group) / len(group.ranks)
+        copies = cost.offload_seconds(tokens, group.offload, compute)
+        shares.append(Share(COPIES, 1, 0.0, copies, 0.0))
+    return shares
 
 
 def _memory(plan: BatchPlan, cost: BatchCost) -> float:
@@ -110,44 +124,74 @@ def _memory(plan: BatchPlan, cost: BatchCost) -> float:
 
 def _synchronous(plan: BatchPlan, cost: BatchCost) -> Prediction:
     state, now = cost.state_seconds, 0.0
-    computed = communicated = 0.0
-    bars = []
+    account = _Account(plan, cost)
     for number, micro_batch in enumerate(plan.micro_batches):
         longest, busy = state, 0
         for group in micro_batch.groups:
-            compute, messages = group_seconds(plan, group, cost)
-            messages += max(0.0, state - compute)
-            bars.append(Bar(number, group, now, compute, messages))
-            longest = max(longest, compute + messages)
-            computed += len(group.ranks) * compute
-            communicated += len(group.ranks) * messages
+            longest = max(longest, account.add(number, group, now, state))
             busy += len(group.ranks)
-        communicated += (plan.world_size - busy) * state
+        account.wait(state, plan.world_size - busy)
         now += longest
-    return _prediction(plan, cost, now, computed, communicated, bars)
+    return account.prediction(now)
 
 
 def _free(plan: BatchPlan, cost: BatchCost) -> Prediction:
     free = [0.0] * plan.world_size
-    state = cost.state_seconds * (1 if cost.state == "zero1" else len(plan.micro_batches))
-    computed, communicated = 0.0, plan.world_size * state
-    bars = []
+    account = _Account(plan, cost)
     for number, micro_batch in enumerate(plan.micro_batches):
         for group in micro_batch.groups:
-            compute, messages = group_seconds(plan, group, cost)
             start = max(free[rank] for rank in group.ranks)
-            bars.append(Bar(number, group, start, compute, messages))
+            stop = start + account.add(number, group, start)
             for rank in group.ranks:
-                free[rank] = start + compute + messages
-            computed += len(group.ranks) * compute
-            communicated += len(group.ranks) * messages
-    return _prediction(plan, cost, max(free) + state, computed, communicated, bars)
+                free[rank] = stop
+    state = cost.state_seconds * (1 if cost.state == "zero1" else len(plan.micro_batches))
+    account.wait(state, plan.world_size)
+    return account.prediction(max(free) + state)
 
 
-def _prediction(
-    plan: BatchPlan, cost: BatchCost, seconds: float, computed: float, communicated: float, bars: list[Bar]
-) -> Prediction:
-    compute, communication = computed / plan.world_size, communicated / plan.world_size
-    idle = max(0.0, seconds - compute - communication)
-    rate = plan.tokens / seconds if seconds else 0.0
-    return Prediction(seconds, compute, communication, idle, _memory(plan, cost), rate, tuple(bars))
+class _Account:
+    """Adds up what groups take, in seconds and bytes of all their ranks together."""
+
+    def __init__(self, plan: BatchPlan, cost: BatchCost) -> None:
+        self.plan, self.cost = plan, cost
+        self.bars: list[Bar] = []
+        self.shares: dict[str, Share] = {}
+
+    def add(self, micro_batch: int, group: Group, start: float, state: float = 0.0) -> float:
+        """A group's work from `start` on, which hides up to as much gathering of state; its seconds."""
+        shares = group_shares(self.plan, group, self.cost)
+        compute = sum(share.compute for share in shares)
+        if state > compute:
+            shares.append(Share(STATE, 1, 0.0, state - compute, 0.0))
+        for share in shares:
+            self._add(share, len(group.ranks))
+        communication = sum(share.communication for share in shares)
+        self.bars.append(Bar(micro_batch, group, start, compute, communication))
+        return compute + communication
+
+    def wait(self, state: float, ranks: int) -> None:
+        """Gathering of state on ranks that have nothing to compute meanwhile."""
+        if state and ranks:
+            self._add(Share(STATE, 1, 0.0, state, 0.0), ranks)
+
+    def _add(self, share: Share, ranks: int) -> None:
+        old = self.shares.get(share.name, Share(share.name, share.times, 0.0, 0.0, 0.0))
+        self.shares[share.name] = Share(
+            share.name,
+            share.times,
+            old.compute + ranks * share.compute,
+            old.communication + ranks * share.communication,
+            old.sent_bytes + ranks * share.sent_bytes,
+        )
+
+    def prediction(self, seconds: float) -> Prediction:
+        n, plan = self.plan.world_size, self.plan
+        shares = tuple(
+            Share(s.name, s.times, s.compute / n, s.communication / n, s.sent_bytes / n)
+            for s in self.shares.values()
+        )
+        compute, communication = sum(s.compute for s in shares), sum(s.communication for s in shares)
+        idle = max(0.0, seconds - compute - communication)
+        rate = plan.tokens / seconds if seconds else 0.0
+        memory = _memory(plan, self.cost)
+        return Prediction(seconds, compute, communication, idle, memory, rate, shares, tuple(self.bars))

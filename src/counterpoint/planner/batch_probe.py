@@ -31,8 +31,6 @@ from counterpoint.strategies.sequence.attention import (
 )
 from counterpoint.strategies.sequence.blocks import AttentionShape
 from counterpoint.strategies.sequence.layout import SequenceLayout
-from counterpoint.strategies.sequence.linear import LinearProblem, parse_linear
-from counterpoint.strategies.sequence.linear_builder import LinearShape
 
 GroupStrategy = Literal["ulysses", "ring"]
 RINGS = (4, 6)  # ranks of the rings whose steps are timed
@@ -139,6 +137,22 @@ def communication(
     return bare, hideable
 
 
+def sent_bytes(
+    shape: AttentionShape, strategy: GroupStrategy, ranks: int, tokens: int, forwards: int
+) -> float:
+    """Bytes that a rank sends in a layer's passes, counted in their schedules."""
+
+    def of(size: int) -> int:
+        asked = problem(shape, strategy, size, (tokens * size,))
+        passes = zip(_PASSES, (forwards, 1), strict=True)
+        return sum(times * sum(make(asked, 0).sent_bytes().values()) for make, times in passes)
+
+    if strategy == "ulysses" or ranks <= RINGS[1]:
+        return of(ranks)
+    few, more = map(of, RINGS)
+    return few + (more - few) / (RINGS[1] - RINGS[0]) * (ranks - RINGS[0])
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A pass (0 forward, 1 backward) of a short ring on these places of a cluster, with `tokens` tokens a rank.
@@ -208,35 +222,6 @@ def _exchanges(
             if isinstance(step, Collective):
                 found[load][way] += next(first)
     return [(forward, backward) for forward, backward in found]
-
-
-def linear_problem(shape: LinearShape, ranks: int, tokens: int) -> LinearProblem:
-    """Linear attention with LASP-2's states over `tokens` tokens a rank."""
-    states = parse_linear("states")
-    return LinearProblem(shape, SequenceLayout("contiguous", tokens * ranks, ranks), states, states)
-
-
-def linear_compute(shape: LinearShape, ranks: int, tokens: int, device: Device) -> tuple[float, float]:
-    """(forward, backward) seconds of the kernels of a rank in the middle."""
-    asked = linear_problem(shape, ranks, tokens)
-    forward, backward = (
-        compute_seconds(asked.schedule(way, ranks // 2), device) for way in ("forward", "backward")
-    )
-    return forward, backward
-
-
-def linear_communication(
-    shape: LinearShape, places: Sequence[int], tokens: int, cluster: Cluster
-) -> tuple[float, float]:
-    """(forward, backward) seconds of the exchange of states, nothing computed meanwhile."""
-    asked, instant = linear_problem(shape, len(places), tokens), _with_rates(cluster, 1e30)
-    forward, backward = (
-        simulate(
-            [asked.schedule(way, rank) for rank in range(len(places))], instant, placement=list(places)
-        ).seconds
-        for way in ("forward", "backward")
-    )
-    return forward, backward
 
 
 def simulated(

@@ -21,6 +21,10 @@ class LayerKind:
     type: str = "full_attention"
     window: int | None = None
 
+    @property
+    def label(self) -> str:
+        return self.type if self.window is None else f"{self.type} {self.window}"
+
     def pairs(self, length: int) -> int:
         """(query, key) pairs that see each other in a causal sequence of `length` tokens; none in linear attention."""
         if self.type == "linear_attention":

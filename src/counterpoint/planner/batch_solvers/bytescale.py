@@ -47,7 +47,7 @@ class Need:
 def bytescale(lengths: Sequence[int], cost: BatchCost, options: BytescaleOptions | None = None) -> BatchPlan:
     """The plan. Raises ValueError when a sequence does not fit all ranks together."""
     options = options or BytescaleOptions()
-    check_fits(lengths, cost, 1.0 if options.offload and _can_offload(cost) else 0.0)
+    check_fits(lengths, cost, cost.most_offload if options.offload else 0.0)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     long = [i for i in order if lengths[i] > cost.capacity]
     short = [i for i in order if lengths[i] <= cost.capacity]
@@ -87,19 +87,16 @@ def need(sequence: int, length: int, cost: BatchCost, offload: bool) -> Need:
     """Ranks and offload ratio of a long sequence: r = min(1, T(s) B / Act(s)), then D(s) from what is left to keep.
 
     T is a layer's forward pass and Act what it keeps, both of the whole sequence on one rank: shares of D ranks have
-    the same proportion.
+    the same proportion. A sequence that does not fit all ranks so offloads as much as it takes, and waits for it.
     """
     ratio = 0.0
-    if offload and _can_offload(cost):
+    if offload and cost.offloads:
         host = cost.cluster.device(0).memory[1]
         kept = cost.layer_bytes * length
-        layers = cost.model.num_hidden_layers
-        forward = float(cost.group((0,)).compute([length])[0]) / 3 / layers
+        forward = float(cost.group((0,)).compute([length])[0]) / 3 / cost.model.num_hidden_layers
         ratio = min(1.0, forward * host.attained.at(kept) / kept)
-        most = (
-            cost.capacity * max(1, layers - 2) * cost.layer_bytes
-        )  # of what a rank's share comes to, at least
-        ratio = min(ratio, host.size_bytes / most)
+        if length > cost.ranks * cost.capacity_with(ratio):
+            ratio = min(cost.most_offload, cost.offload_for(ceil(length / cost.ranks)))
     ranks = min(cost.ranks, ceil(length / cost.capacity_with(ratio)))
     return Need(sequence, nice(ranks, cost), ratio)
 
@@ -112,10 +109,6 @@ def nice(ranks: int, cost: BatchCost) -> int:
 
 def _size(ranks: int, cost: BatchCost, powers: bool) -> int:
     return min(cost.ranks, 1 << (ranks - 1).bit_length()) if powers else nice(ranks, cost)
-
-
-def _can_offload(cost: BatchCost) -> bool:
-    return len(cost.cluster.device(0).memory) > 1 and cost.model.num_hidden_layers > 2
 
 
 def _naive(needs: list[Need], short: list[int], lengths: Sequence[int], cost: BatchCost) -> list[Group]:

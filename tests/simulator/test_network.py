@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counterpoint.simulator.compiler import Compiler
+from counterpoint.simulator.events import make_events
 from counterpoint.simulator.fold import Symmetry
 from counterpoint.simulator.network import end_flow, make_flows, rebalance, start_flow
 from simulator.by_hand import cluster, schedules
@@ -42,7 +43,7 @@ def test_no_flow_can_gain_but_from_one_that_has_no_more(network):
         route_weights=np.ones(sum(map(len, routes))),
         capacity=np.array(capacity, float),
     )
-    flows, events = make_flows(n, len(capacity), 3), []
+    flows, events = make_flows(n, len(capacity), 3), make_events(n * (2 * n + 1))
     slots = {}
     for message in range(n):  # one by one, so that every change goes through the partial recomputation
         start_flow(program, flows, 3, message, 0.0)

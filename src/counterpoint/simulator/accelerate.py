@@ -12,25 +12,27 @@ from functools import lru_cache
 def accelerated() -> Callable[..., None] | None:
     """The event loop as machine code, kept on disk for later processes; None without numba.
 
-    Compiling takes some ten seconds, the first time.
+    Compiling takes some twenty seconds, the first time.
     """
     try:
         from numba import njit
         from numba.extending import register_jitable
     except ImportError:
         return None
-    from counterpoint.simulator import engine, network
+    from counterpoint.simulator import engine, events, network
 
-    sources = "".join(inspect.getsource(module) for module in (network, engine))
+    sources = "".join(inspect.getsource(module) for module in (events, network, engine))
+    # Nothing allocates memory: counting references to the arrays would take most of the time.
+    unmanaged = register_jitable(_nrt=False)
     stamp = hashlib.sha256(sources.encode()).hexdigest()
-    for module in (network, engine):
+    for module in (events, network, engine):
         for function in vars(module).values():
             if inspect.isfunction(function) and function.__module__ == module.__name__:
-                register_jitable(function)
+                unmanaged(function)
     loop = engine.loop
 
-    def run(program, state, flows, width):
+    def run(program, state, flows, events, width):
         _ = stamp  # numba looks for changes in one file only; what the closure holds is part of the key on disk
-        loop(program, state, flows, width)
+        loop(program, state, flows, events, width)
 
-    return njit(cache=True, error_model="numpy")(run)
+    return njit(cache=True, error_model="numpy", _nrt=False)(run)  # type: ignore[call-overload]

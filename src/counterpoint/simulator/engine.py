@@ -7,16 +7,26 @@ All that happens at one moment is done before rates are computed anew, so equal 
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from counterpoint.simulator.accelerate import accelerated
-from counterpoint.simulator.network import FLOW_ENDS, Flows, end_flow, make_flows, rebalance, start_flow
+from counterpoint.simulator.events import (
+    FLOW_ENDS,
+    FLOW_STARTS,
+    INDICES,
+    MEETING_ENDS,
+    STEP_ENDS,
+    Events,
+    drop,
+    forget_outdated,
+    make_events,
+    push,
+)
+from counterpoint.simulator.network import Flows, end_flow, make_flows, rebalance, start_flow
 from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, SEND, TIMED, Array, Program
 
-STEP_ENDS, FLOW_STARTS, MEETING_ENDS = 0, 1, 3
 WORTH_COMPILING = 10_000  # steps; loading compiled code takes longer than interpreting fewer
 TOGETHER = 1e-13  # relative difference below which two events happen at the same moment
 
@@ -56,22 +66,25 @@ def run(program: Program) -> State:
     flows = make_flows(p.slots, max(1, p.capacity.size), width)
     received = p.kind == RECV
     held = np.where(received, np.diff(p.makes_at), 0)
-    events = p.live.size + steps + p.buffer_bytes.size
+    records = p.live.size + steps + p.buffer_bytes.size
+    # A step of every stream may end, every flow start or end, every meeting end; and as many outdated ends lie about.
+    events = make_events(2 * (streams + 2 * p.slots + p.meeting_members.size))
     state = State(
         np.full(steps, np.nan), np.full(steps, np.nan), p.waits.copy(),
         np.diff(p.outgoing_at) + np.diff(p.incoming_at), np.zeros(p.message_bytes.size, np.int8),
         np.zeros(max(1, steps), np.int64), p.first.copy(), np.where(p.depth > 0, p.first, -1),
         np.zeros(streams, np.int64), held,
         p.buffer_readers.copy(), np.zeros(p.buffer_bytes.size, np.bool_), p.live.copy(), p.live.copy(),
-        p.meeting_members.copy(), np.zeros(events, np.int64), np.zeros(events), np.zeros(events, np.int64),
+        p.meeting_members.copy(), np.zeros(records, np.int64), np.zeros(records), np.zeros(records, np.int64),
         np.array([0, 0, 0, 0, -1, -1]),
     )  # fmt: skip
-    if steps >= WORTH_COMPILING and (fast := accelerated()):
-        fast(p, state, flows, width)
+    worth = steps >= WORTH_COMPILING or accelerated.cache_info().currsize  # loaded already
+    if worth and (fast := accelerated()):
+        fast(p, state, flows, events, width)
         return state
     # Element by element, lists are several times faster than arrays.
     plain = State(*map(_listed, state))
-    loop(Program(*map(_listed, p)), plain, Flows(*map(_listed, flows)), width)
+    loop(Program(*map(_listed, p)), plain, Flows(*map(_listed, flows)), Events(*map(_listed, events)), width)
     return State(*map(np.array, plain))
 
 
@@ -79,9 +92,7 @@ def _listed(column: Array | int) -> Any:
     return column.tolist() if isinstance(column, np.ndarray) else column
 
 
-def loop(p: Program, s: State, flows: Flows, width: int) -> None:
-    events = [(0.0, STEP_ENDS, -1, -1)]
-    heappop(events)
+def loop(p: Program, s: State, flows: Flows, events: Events, width: int) -> None:
     for rank in range(len(s.live)):
         _record(s, rank, 0.0)
         if s.fast[rank] > p.limit[rank] and s.counts[FULL_RANK] < 0:
@@ -93,11 +104,13 @@ def loop(p: Program, s: State, flows: Flows, width: int) -> None:
         if s.waits[step] == 0 and p.kind[step] != RECV:
             _push(s, step)
     _drain(p, s, 0.0, events)
-    while len(events) and s.counts[FULL_RANK] < 0:
-        time = events[0][0]
+    while events.size[0] > 0 and s.counts[FULL_RANK] < 0:
+        time = events.time[0]
         until = time * (1 + TOGETHER)
-        while len(events) and events[0][0] <= until and s.counts[FULL_RANK] < 0:
-            _, what, index, version = heappop(events)
+        while events.size[0] > 0 and events.time[0] <= until and s.counts[FULL_RANK] < 0:
+            what, index = events.what[0] // INDICES, events.what[0] % INDICES
+            version = events.version[0]
+            drop(events)
             if what == STEP_ENDS:
                 _finish(p, s, index, time, events)
             elif what == FLOW_STARTS:
@@ -112,6 +125,8 @@ def loop(p: Program, s: State, flows: Flows, width: int) -> None:
                 for i in range(p.meeting_at[index], p.meeting_at[index + 1]):
                     _finish(p, s, p.meeting_steps[i], time, events)
             _drain(p, s, time, events)
+        if 2 * events.size[0] > len(events.time):
+            forget_outdated(events, flows.version)
         rebalance(p, flows, width, time, events)
 
 
@@ -120,7 +135,7 @@ def _push(s: State, step: int) -> None:
     s.counts[QUEUED] += 1
 
 
-def _drain(p: Program, s: State, time: float, events) -> None:
+def _drain(p: Program, s: State, time: float, events: Events) -> None:
     while s.counts[TAKEN] < s.counts[QUEUED] and s.counts[FULL_RANK] < 0:
         step = s.queue[s.counts[TAKEN] % len(s.queue)]
         s.counts[TAKEN] += 1
@@ -131,17 +146,17 @@ def _drain(p: Program, s: State, time: float, events) -> None:
         s.start[step] = time
         if kind == TIMED:
             if p.seconds[step] > 0:
-                heappush(events, (time + p.seconds[step], STEP_ENDS, step, 0))
+                push(events, time + p.seconds[step], STEP_ENDS, step, 0)
             else:
                 _finish(p, s, step, time, events)
         elif kind == COPY:
             message = p.outgoing[p.outgoing_at[step]]
-            heappush(events, (time + p.message_latency[message], FLOW_STARTS, message, 0))
+            push(events, time + p.message_latency[message], FLOW_STARTS, message, 0)
         elif kind == MEETING:
             meeting = p.outgoing[p.outgoing_at[step]]
             s.missing[meeting] -= 1
             if s.missing[meeting] == 0:
-                heappush(events, (time + p.meeting_seconds[meeting], MEETING_ENDS, meeting, 0))
+                push(events, time + p.meeting_seconds[meeting], MEETING_ENDS, meeting, 0)
         else:
             assert kind in (SEND, EXCHANGE)
             if s.pending[step] == 0:
@@ -152,10 +167,10 @@ def _drain(p: Program, s: State, time: float, events) -> None:
                 _offer(p, s, p.outgoing[i], time, events)
 
 
-def _offer(p: Program, s: State, message: int, time: float, events) -> None:
+def _offer(p: Program, s: State, message: int, time: float, events: Events) -> None:
     s.offers[message] += 1
     if s.offers[message] == 2:
-        heappush(events, (time + p.message_latency[message], FLOW_STARTS, message, 0))
+        push(events, time + p.message_latency[message], FLOW_STARTS, message, 0)
 
 
 def _message_ends(p: Program, s: State, message: int) -> None:
@@ -166,7 +181,7 @@ def _message_ends(p: Program, s: State, message: int) -> None:
                 _push(s, end)
 
 
-def _finish(p: Program, s: State, step: int, time: float, events) -> None:
+def _finish(p: Program, s: State, step: int, time: float, events: Events) -> None:
     rank, stream = p.rank[step], p.stream[step]
     s.stop[step] = time
     s.counts[FINISHED] += 1
@@ -212,7 +227,7 @@ def _allocate(p: Program, s: State, rank: int, buffer: int, step: int) -> int:
     return p.buffer_bytes[buffer]
 
 
-def _free(p: Program, s: State, rank: int, buffer: int, time: float, events) -> None:
+def _free(p: Program, s: State, rank: int, buffer: int, time: float, events: Events) -> None:
     s.alive[buffer] = False
     s.live[rank] -= p.buffer_bytes[buffer]
     if p.buffer_fast[buffer]:
@@ -226,7 +241,7 @@ def _free(p: Program, s: State, rank: int, buffer: int, time: float, events) -> 
             _post(p, s, p.stream[source], time, events)
 
 
-def _post(p: Program, s: State, stream: int, time: float, events) -> None:
+def _post(p: Program, s: State, stream: int, time: float, events: Events) -> None:
     while s.next_post[stream] >= 0 and s.alive_messages[stream] < p.depth[stream] and s.counts[FULL_RANK] < 0:
         step = s.next_post[stream]
         rank = p.rank[step]

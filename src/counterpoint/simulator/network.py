@@ -10,15 +10,14 @@ resource whose flows could all run at their own limits joins nothing.
 
 from __future__ import annotations
 
-from heapq import heappush
 from typing import NamedTuple
 
 import numpy as np
 
+from counterpoint.simulator.events import FLOW_ENDS, Events, push
 from counterpoint.simulator.program import Array, Program
 
 SLACK = 1e-9  # relative difference below which two rates count as equal
-FLOW_ENDS = 2
 
 
 class Flows(NamedTuple):
@@ -130,7 +129,7 @@ def end_flow(p: Program, flows: Flows, width: int, slot: int) -> int:
     return message
 
 
-def rebalance(p: Program, flows: Flows, width: int, time: float, events) -> None:
+def rebalance(p: Program, flows: Flows, width: int, time: float, events: Events) -> None:
     """New rates for all flows that the changes since the last call reach; their ends become events."""
     flows_in, pooled = 0, 0
     for i in range(flows.marks[1]):
@@ -179,7 +178,7 @@ def rebalance(p: Program, flows: Flows, width: int, time: float, events) -> None
             flows.remaining[slot] = max(0.0, flows.remaining[slot] - old * (time - flows.since[slot]))
             flows.since[slot], flows.rate[slot] = time, new
             flows.version[slot] += 1
-            heappush(events, (time + flows.remaining[slot] / new, FLOW_ENDS, slot, flows.version[slot]))
+            push(events, time + flows.remaining[slot] / new, FLOW_ENDS, slot, flows.version[slot])
     for i in range(pooled):
         flows.in_pool[flows.pool[i]] = False
 

@@ -20,6 +20,7 @@ from counterpoint.planner.memory import (
     plan_memory,
     timeline,
 )
+from counterpoint.strategies.memory.cost import saved_bytes
 from counterpoint.strategies.memory.footprint import footprint
 from counterpoint.strategies.memory.policy import LayerPolicy, MemoryPolicy
 from counterpoint.strategies.memory.sharding import Training
@@ -78,6 +79,44 @@ def test_the_simulated_peak_is_the_counted_one() -> None:
         assert timeline(q, policy).peak_bytes(0) == footprint(q.step(policy)).total
 
 
+def hybrid_question(**changes) -> Question:
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "counterpoint_hybrid", "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536,
+            "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2, "linear_conv_kernel_dim": 4,
+        }
+    )  # fmt: skip
+    return replace(question(config=config), **changes)
+
+
+def test_layers_of_several_types_are_counted_and_timed() -> None:
+    q = hybrid_question(tokens=4096)
+    clock, step = StepClock(q), q.step(KEEP)
+    mixed = MemoryPolicy(tuple(LayerPolicy("recompute" if i < 5 else "keep") for i in range(8)))
+    for policy in (KEEP, RECOMPUTE, mixed):
+        assert clock.seconds(policy) == pytest.approx(timeline(q, policy).seconds, rel=0.02)
+        assert timeline(q, policy).peak_bytes(0) == footprint(q.step(policy)).total
+    linear, softmax = (saved_bytes(step.block.at(i), LayerPolicy("keep")) for i in (0, 3))
+    assert linear > softmax  # gates, convolution and feature maps are kept beside what both have
+    assert footprint(step).checkpoints >= 5 * linear
+
+
+def test_a_model_with_linear_layers_gets_an_answer() -> None:
+    """Streams hold softmax layers only; the others recompute beside them."""
+    q = hybrid_question()
+    plan = plan_memory(q)
+    assert plan.best is not None and plan.best.peak.total <= q.limit
+    assert plan.longest["keep"] < plan.longest["recompute"]
+    streams = [a for a in plan.answers if a.name.startswith("stream")]
+    assert streams and all("linear layers recompute" in a.name for a in streams)
+    for answer in plan.answers:
+        kinds = {answer.policy.layer(i, 8).kind for i in q.config.layers if q.config.is_linear(i)}
+        assert "stream" not in kinds
+    with pytest.raises(ValueError, match=r"stream\(4\) works on softmax layers"):
+        footprint(q.step(STREAM))
+
+
 def test_as_much_is_offloaded_as_can_be_hidden() -> None:
     """The ratio costs next to nothing, all of it costs time; and the simulated peak stays below the counted one."""
     q = question(tokens=4096)
@@ -100,11 +139,11 @@ def test_sharding_lowers_the_states_and_costs_messages() -> None:
         q = question(training=Training(ranks=8, zero=zero), tokens=512)
         peak = footprint(q.step(RECOMPUTE))
         peaks.append(peak.parameters + peak.optimizer)
-        sent.append(timeline(q, RECOMPUTE, layers=2).bytes_sent(0))
+        sent.append(timeline(q, RECOMPUTE, layers=(0, 1)).bytes_sent(0))
     assert peaks[0] > peaks[1] == peaks[2] > peaks[3]
     assert sent[0] == sent[1] == sent[2] < sent[3]
     # reduce and gather, each (N - 1) / N of the 2-byte parameters
-    parameters = q.step(RECOMPUTE, layers=2).block.config.parameters()
+    parameters = q.step(RECOMPUTE, layers=(0, 1)).block.config.parameters()
     assert sent[2] == pytest.approx(2 * 7 / 8 * 2 * parameters, rel=1e-3)
 
 

@@ -14,10 +14,12 @@ from counterpoint import SequenceLayout, attention
 from counterpoint.kernels.mask import AttentionMask
 from counterpoint.model.config import ModelConfig
 from counterpoint.model.decoder import Layer, rotary_angles
+from counterpoint.model.linear import LinearAttention
 from counterpoint.runtime.memory.layers import layer_runs
 from counterpoint.runtime.memory.offload import Buffers, Offload
 from counterpoint.strategies.memory.cost import Block, backward_saved_bytes, host_bytes, saved_bytes
 from counterpoint.strategies.memory.policy import LayerPolicy, MemoryPolicy, parse_layers
+from support.hybrids import OneProcess, hybrids
 
 
 class Live:
@@ -65,6 +67,10 @@ def layer_of(qk_norm: bool = False, groups: int = 2) -> Layer:
     return layer
 
 
+def softmax(tokens: int):
+    return partial(attention, layout=SequenceLayout("contiguous", tokens, 1))
+
+
 def measured(layer: Layer, tokens: int, batch: int, policy: LayerPolicy, tiles: int) -> tuple[int, int]:
     """Bytes held between the passes, and the most while the backward pass runs."""
     x = torch.randn(batch, tokens, layer.config.hidden_size, requires_grad=True)
@@ -72,7 +78,8 @@ def measured(layer: Layer, tokens: int, batch: int, policy: LayerPolicy, tiles: 
     live = Live([cos, sin, *layer.parameters()])
     (run,) = layer_runs(MemoryPolicy((policy,), tiles), 1, [AttentionMask()])
     with live.hooks():
-        out = layer(x, cos, sin, partial(attention, layout=SequenceLayout("contiguous", tokens, 1)), run)
+        linear = isinstance(layer.self_attn, LinearAttention)
+        out = layer(x, cos, sin, OneProcess() if linear else softmax(tokens), run)
         between = live.now
         live.peak = 0
         out.backward(torch.ones_like(out))
@@ -95,6 +102,36 @@ def test_held_bytes_are_the_formulas(policy, tokens, batch, qk_norm, groups):
     assert between == saved_bytes(block, policy)
     if policy.kind != "recompute":  # torch's checkpoint keeps what it makes again away from these hooks
         assert peak == backward_saved_bytes(block, policy)
+
+
+@given(hybrids(), policies.filter(lambda p: p.kind != "stream"), st.integers(1, 64), st.sampled_from([1, 3]))
+@settings(max_examples=30, deadline=None)
+def test_held_bytes_of_linear_layers_are_the_formulas(shape, policy, tokens, tiles):
+    block = Block(shape, 2, tokens, "float32", linear=True)
+    between, peak = measured(Layer(shape, 0), tokens, 2, policy, tiles)
+    assert between == saved_bytes(block, policy, tiles)
+    if policy.kind != "recompute" and tiles == 1:
+        assert peak == backward_saved_bytes(block, policy)
+
+
+@given(hybrids("ll"), st.integers(0, 20), st.integers(1, 40))
+@settings(max_examples=30, deadline=None)
+def test_linear_layers_offload_what_the_formulas_say(shape, percent, tokens):
+    """Gradients are bit for bit the same; which buffers fit depends on the order in which the layer saves them."""
+    policy, layer = LayerPolicy("offload", ratio=percent / 20), Layer(shape, 0)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    cos, sin = rotary_angles(shape, torch.arange(tokens))
+    found = []
+    for given_policy, tier in ((LayerPolicy("keep"), None), (policy, Buffers())):
+        (run,) = layer_runs(MemoryPolicy((given_policy,)), 1, tier=tier)
+        x = torch.ones(1, tokens, 24).cumsum(1).cos().requires_grad_()
+        layer.zero_grad()
+        layer(x, cos, sin, OneProcess(), run).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert isinstance(run, Offload)
+    assert run.counted.nbytes == host_bytes(Block(shape, 1, tokens, "float32", linear=True), policy)
 
 
 def test_more_chunks_hold_less():

@@ -28,6 +28,7 @@ from counterpoint.strategies.memory.cost import (
     total,
 )
 from counterpoint.strategies.memory.policy import LayerPolicy, MemoryPolicy
+from support.hybrids import OneProcess, hybrids
 
 
 def small(heads: int, groups: int, family: str, inner: int = 48) -> ModelConfig:
@@ -69,7 +70,7 @@ def measured(block: Block) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(x, cos, sin, attention)
+        layer(x, cos, sin, OneProcess() if block.linear else attention)
     return sum(t.untyped_storage().nbytes() for at, t in found.items() if at not in apart)
 
 
@@ -79,6 +80,15 @@ def test_a_layer_saves_what_the_list_says(block: Block) -> None:
     # 2-byte activations: a float32 copy is saved in the input's place
     ours = total(s for s in saved_tensors(block) if s.name not in ("x", "y") or block.dtype != "bfloat16")
     assert measured(block) == ours == total(saved_tensors(block))
+
+
+@settings(max_examples=40, deadline=None)
+@given(hybrids(), st.integers(1, 2), st.integers(1, 40), st.sampled_from(["float32", "bfloat16", "float64"]))
+def test_a_linear_layer_saves_what_the_list_says(
+    shape: ModelConfig, batch: int, tokens: int, dtype: str
+) -> None:
+    block = Block(shape, batch, tokens, dtype, linear=True)
+    assert measured(block) == total(saved_tensors(block))
 
 
 @given(blocks, st.integers(1, 12))

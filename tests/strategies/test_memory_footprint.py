@@ -13,6 +13,7 @@ from counterpoint.strategies.memory.layer import Recipe
 from counterpoint.strategies.memory.policy import LayerPolicy, MemoryPolicy
 from counterpoint.strategies.memory.sharding import Training
 from counterpoint.strategies.memory.step import Step, step_schedule
+from support.hybrids import hybrids
 
 
 def config(layers: int, vocabulary: int, tied: bool, inner: int) -> ModelConfig:
@@ -51,10 +52,21 @@ def steps(draw) -> Step:
         layers, draw(st.sampled_from([8, 300])), draw(st.booleans()), draw(st.sampled_from([8, 64]))
     )
     dtype, norm = draw(st.sampled_from(["float32", "bfloat16"])), draw(st.sampled_from(["fused", "composed"]))
+    mixed = layers > 1 and draw(st.booleans())
+    if mixed:
+        letters = "".join(draw(st.permutations("lf" + draw(st.sampled_from(["l", "f"])) * (layers - 2))))
+        changes = {"vocab_size": shape.vocab_size, "tie_word_embeddings": shape.tie_word_embeddings}
+        shape = draw(hybrids(letters, **changes))
     block = Block(shape, draw(st.integers(1, 2)), draw(st.integers(1, 60)), dtype, norm)
-    count = draw(st.sampled_from([1, layers]))
+    count = layers if mixed else draw(st.sampled_from([1, layers]))
+    chosen = [draw(layer_policies) for _ in range(count)]
+    if mixed:
+        chosen = [
+            LayerPolicy("keep") if shape.is_linear(i) and p.kind == "stream" else p
+            for i, p in enumerate(chosen)
+        ]
     policy = MemoryPolicy(
-        tuple(draw(layer_policies) for _ in range(count)), draw(st.sampled_from([1, 6])),
+        tuple(chosen), draw(st.sampled_from([1, 6])),
         draw(st.sampled_from([None, 7])),
     )  # fmt: skip
     return Step(block, policy, draw(trainings))
@@ -72,8 +84,7 @@ def test_the_peak_is_that_of_the_schedule(step: Step) -> None:
 def test_a_layer_keeps_what_the_formula_says(step: Step) -> None:
     for i in step.block.config.layers:
         recipe = step.recipe(i)
-        here = layer_bytes(Recipe(step.block, recipe.policy, recipe.mlp_tiles), Training(), 0).saved
-        assert here == saved_bytes(step.block, recipe.policy, recipe.mlp_tiles)
-    assert layer_bytes(Recipe(step.block, LayerPolicy("recompute")), Training(), 0).saved == input_bytes(
-        step.block
-    )
+        here = layer_bytes(Recipe(recipe.block, recipe.policy, recipe.mlp_tiles), Training(), i).saved
+        assert here == saved_bytes(recipe.block, recipe.policy, recipe.mlp_tiles)
+        again = layer_bytes(Recipe(recipe.block, LayerPolicy("recompute")), Training(), i).saved
+        assert again == input_bytes(step.block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,8 +14,10 @@ from counterpoint.model.decoder import Layer, rotary_angles
 from counterpoint.runtime.attention import attention
 from counterpoint.runtime.executor import Executor
 from counterpoint.strategies.memory.cost import Block
-from counterpoint.strategies.memory.layer import Recipe, layer_schedule
+from counterpoint.strategies.memory.layer import Recipe
+from counterpoint.strategies.memory.layers import layer_schedule
 from counterpoint.strategies.memory.policy import LayerPolicy
+from support.hybrids import OneProcess, hybrid, hybrids
 
 
 def config(family: str = "qwen3", window: int | None = None) -> ModelConfig:
@@ -61,9 +64,10 @@ def short(name: str) -> str:
 
 def by_autograd(recipe: Recipe, given: dict[str, torch.Tensor], layer: Layer) -> dict[str, torch.Tensor]:
     window = recipe.block.config.sliding_window
+    mix = OneProcess() if recipe.block.linear else lambda q, k, v: attention(q, k, v, window=window)
     x = given["x"].clone().requires_grad_()
     cos, sin = (given[name].transpose(1, 2) for name in ("cos", "sin"))
-    y = layer(x, cos, sin, lambda q, k, v: attention(q, k, v, window=window))
+    y = layer(x, cos, sin, mix)
     y.backward(given["dy"])
     assert x.grad is not None
     grads = {short(name): p.grad for name, p in layer.named_parameters()}
@@ -84,3 +88,27 @@ def test_gradients_equal_those_of_autograd(policy, tokens, batch, tiles, family,
     assert set(made) == set(expected)
     for name, value in made.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    hybrids(), policies.filter(lambda p: p.kind != "stream"), st.integers(1, 21), st.integers(1, 2),
+    st.sampled_from([1, 3]), st.sampled_from(["fused", "composed"]),
+)  # fmt: skip
+def test_gradients_of_linear_layers_equal_those_of_autograd(
+    shape, policy, tokens, batch, tiles, norm
+) -> None:
+    recipe = Recipe(Block(shape, batch, tokens, "float64", norm, linear=True), policy, tiles)
+    given, layer = tensors(recipe)
+    expected = by_autograd(recipe, given, layer)
+    made = Executor(None).run(layer_schedule(recipe), given)
+    assert set(made) == set(expected)
+    for name, value in made.items():  # log decays go through float32
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_linear_layers_cannot_be_streamed() -> None:
+    with pytest.raises(
+        ValueError, match=r"stream\(4\) works on softmax layers; keep, recompute or offload linear"
+    ):
+        Recipe(Block(hybrid(), 1, 8, linear=True), LayerPolicy("stream", 4))

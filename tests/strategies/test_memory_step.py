@@ -20,6 +20,7 @@ from counterpoint.strategies.memory.cost import Block
 from counterpoint.strategies.memory.policy import LayerPolicy, MemoryPolicy
 from counterpoint.strategies.memory.sharding import Training
 from counterpoint.strategies.memory.step import Step, step_schedule
+from support.hybrids import OneProcess, hybrid, hybrids
 
 KEEP, RECOMPUTE = LayerPolicy("keep"), LayerPolicy("recompute")
 STREAM, OFFLOAD = LayerPolicy("stream", 3), LayerPolicy("offload", ratio=0.7)
@@ -82,7 +83,9 @@ def group_of(name: str) -> str:
 
 def by_autograd(step: Step, decoder: Decoder, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     positions = torch.arange(step.block.tokens)
-    loss, _ = decoder(found["tokens"], positions, attention, found["labels"])
+    config = decoder.config
+    attends = [OneProcess() if config.is_linear(i) else attention for i in config.layers]
+    loss, _ = decoder(found["tokens"], positions, attends, found["labels"])
     decoder.zero_grad()
     loss.backward()
     grads = {f"gradient {group_of(n)}": p.grad for n, p in decoder.named_parameters()}
@@ -100,6 +103,20 @@ def test_gradients_equal_those_of_the_decoder(policy: MemoryPolicy, tied: bool, 
     assert set(made) == set(expected)
     for name, value in made.items():
         # the decoder's loss is computed in float32
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=2e-5, atol=2e-6, msg=name)
+
+
+@settings(max_examples=8, deadline=None)
+@given(hybrids("lf"), st.sampled_from([KEEP, RECOMPUTE, OFFLOAD]), st.integers(2, 14))
+def test_gradients_of_mixed_layers_equal_those_of_the_decoder(shape, policy, tokens: int) -> None:
+    whole = MemoryPolicy((policy, STREAM), 2, 5)
+    step = Step(Block(shape, 2, tokens, "float64", "fused"), whole, Training(update=False))
+    decoder = Decoder(shape, seed=3).to(torch.float64)
+    found = given_to(step, decoder)
+    expected = by_autograd(step, decoder, found)
+    made = Executor(None).run(step_schedule(step), found)
+    assert set(made) == set(expected)
+    for name, value in made.items():
         torch.testing.assert_close(value.double(), expected[name].double(), rtol=2e-5, atol=2e-6, msg=name)
 
 
@@ -122,8 +139,10 @@ def test_the_update_is_that_of_adamw() -> None:
 @pytest.mark.parametrize(("ranks", "rank"), [(1, None), (2, 2), (3, None)])
 def test_schedules_of_every_stage_are_legal(zero: int, ranks: int, rank: int | None) -> None:
     training = Training(rank, "bfloat16", True, zero, ranks, reference=zero % 2 == 0)
-    step = Step(block(zero % 2 == 1, dtype="bfloat16"), MemoryPolicy((STREAM, OFFLOAD), 2, 9), training)
-    check([step_schedule(step, r) for r in range(ranks)])
+    mixed = Block(hybrid("vector", 4, layers="fl"), 2, 13, "bfloat16", "fused")
+    for here in (block(zero % 2 == 1, dtype="bfloat16"), mixed):
+        step = Step(here, MemoryPolicy((STREAM, OFFLOAD), 2, 9), training)
+        check([step_schedule(step, r) for r in range(ranks)])
 
 
 def test_adapters_alone_are_trained() -> None:

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from counterpoint.model.config import ModelConfig
-from counterpoint.model.linear_config import DECAY_RANK
-
-TEMPERATURE = 16.0  # softens learned decays towards 1 (GLA, arXiv 2312.06635, section 4.4)
+from counterpoint.model.linear_config import DECAY_RANK, TEMPERATURE
 
 
 class Mix(Protocol):

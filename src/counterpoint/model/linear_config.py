@@ -119,5 +119,6 @@ class LinearLayers:
         }
 
 
+TEMPERATURE = 16.0  # softens learned decays towards 1 (GLA, arXiv 2312.06635, section 4.4)
 DECAY_RANK = 16  # of the projection that makes one decay per channel (GLA, arXiv 2312.06635, section 4.4)
 LINEAR_KEYS = tuple(LinearLayers(1, 1, 1).to_dict())

@@ -7,12 +7,13 @@ a ring's, a state's way is not the same for all ranks: all of a group's schedule
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.model.config import ModelConfig
+from counterpoint.planner.memory import roomy
 from counterpoint.schedule.schedule import Schedule
 from counterpoint.simulator.simulate import simulate
 from counterpoint.strategies.sequence.halo import halo_schedule
@@ -77,16 +78,7 @@ def move_passes(
 
 
 def _passed(schedule: Callable[[int], Schedule], places: Sequence[int], cluster: Cluster) -> Passed:
-    schedules = [schedule(rank) for rank in range(len(places))]
-    line = simulate(schedules, _roomy(cluster), placement=list(places))
+    schedules = [schedule(rank) for rank in range(len(places))]  # what fits is `BatchCost`'s to say
+    line = simulate(schedules, roomy(cluster), placement=list(places))
     compute = max(line.categories(rank)["compute"] for rank in line.ranks)
     return Passed(compute, line.seconds - compute, sum(line.bytes_by_link().values()) / len(places))
-
-
-def _roomy(cluster: Cluster) -> Cluster:
-    """The cluster with devices whose memory does not run out: what fits is `BatchCost`'s to say."""
-    devices = {
-        name: replace(d, memory=(replace(d.memory[0], size_bytes=1 << 60), *d.memory[1:]))
-        for name, d in cluster.devices.items()
-    }
-    return replace(cluster, devices=devices)

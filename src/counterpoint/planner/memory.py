@@ -6,7 +6,8 @@ fastest wins. A few layers may keep all while the others recompute, stream or of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -19,7 +20,8 @@ from counterpoint.simulator.fold import fold
 from counterpoint.simulator.simulate import simulate
 from counterpoint.strategies.memory.cost import Block, Norm, saved_tensors, total
 from counterpoint.strategies.memory.footprint import Footprint, footprint
-from counterpoint.strategies.memory.layer import Recipe, forward_schedule
+from counterpoint.strategies.memory.layer import Recipe
+from counterpoint.strategies.memory.layers import forward_schedule
 from counterpoint.strategies.memory.policy import LayerPolicy, MemoryPolicy
 from counterpoint.strategies.memory.sharding import Training
 from counterpoint.strategies.memory.step import Step, step_schedule
@@ -55,11 +57,6 @@ class Question:
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.batch < 1 or self.group < 1 or self.chunk < 1:
             raise ValueError("tokens, batch, group and chunk must be at least 1")
-        if any(map(self.config.is_linear, self.config.layers)):
-            raise ValueError(
-                "plan memory knows softmax attention only, and the model has linear attention layers; give a model "
-                "without them"
-            )
         if self.training.ranks > self.cluster.world_size:
             raise ValueError(
                 f"{self.training.ranks} ranks were asked for, but cluster {self.cluster.name} has "
@@ -82,13 +79,23 @@ class Question:
         host = self.cluster.device(0).tier("host").size_bytes if peak.host else 0
         return peak.total <= self.limit and peak.host <= host
 
-    def step(self, policy: MemoryPolicy, tokens: int | None = None, layers: int | None = None) -> Step:
-        """The step of a rank, over other tokens or with fewer layers if given."""
+    def step(
+        self, policy: MemoryPolicy, tokens: int | None = None, layers: Sequence[int] | None = None
+    ) -> Step:
+        """The step of a rank, over other tokens or with these of the model's layers if given."""
         sequences = self.batch * {"sft": 1, "dpo": 2, "grpo": self.group}[self.objective]
-        config = self.config if layers is None else first_layers(self.config, layers)
+        config = self.config if layers is None else some_layers(self.config, layers)
         block = Block(config, sequences, tokens or self.tokens, self.dtype, self.norm)
         training = replace(self.training, reference=self.objective != "sft")
         return Step(block, policy, training)
+
+    @property
+    def kinds(self) -> dict[tuple[bool, int | None], list[int]]:
+        """The layers that are alike: (whether they attend linearly, their window) and which they are."""
+        found: dict[tuple[bool, int | None], list[int]] = {}
+        for i in self.config.layers:
+            found.setdefault((self.config.is_linear(i), self.config.window(i)), []).append(i)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,35 +190,38 @@ def longest_tokens(question: Question, policy_of: Callable[[int], MemoryPolicy])
 
 
 class StepClock:
-    """Predicted times of steps: simulated with few layers, each further layer of a policy adds what one adds there."""
+    """Predicted times of steps: simulated with few layers, each further layer of its type and policy adds what one adds
+    there."""
 
     def __init__(self, question: Question) -> None:
         self.question = question
-        self._known: dict[MemoryPolicy, tuple[float, float]] = {}
+        self._known: dict[tuple[int, MemoryPolicy], tuple[float, float]] = {}
 
     def seconds(self, policy: MemoryPolicy) -> float:
         """Seconds of a step of the whole model."""
         layers = self.question.config.num_hidden_layers
-        counts: dict[LayerPolicy, int] = {}
-        for i in range(layers):
-            layer = policy.layer(i, layers)
-            counts[layer] = counts.get(layer, 0) + 1
-        parts = {layer: self._affine(replace(policy, layers=(layer,))) for layer in counts}
+        counts: Counter[tuple[int, LayerPolicy]] = Counter()
+        for alike in self.question.kinds.values():
+            counts.update((alike[0], policy.layer(i, layers)) for i in alike)
+        parts = {key: self._affine(key[0], replace(policy, layers=(key[1],))) for key in counts}
         fixed = max(base for base, _ in parts.values())
-        return fixed + sum(counts[layer] * each for layer, (_, each) in parts.items())
+        return fixed + sum(counts[key] * each for key, (_, each) in parts.items())
 
-    def _affine(self, policy: MemoryPolicy) -> tuple[float, float]:
-        """(what the step takes beside layers, what every layer takes) of one policy."""
-        if policy not in self._known:
+    def _affine(self, kind: int, policy: MemoryPolicy) -> tuple[float, float]:
+        """(what the step takes beside layers, what every layer takes) of layers like this one under one policy."""
+        if (kind, policy) not in self._known:
             few, more = 3, 4
-            seconds = [timeline(self.question, policy, layers=n).seconds for n in (few, more)]
+            seconds = [timeline(self.question, policy, layers=(kind,) * n).seconds for n in (few, more)]
             each = seconds[1] - seconds[0]
-            self._known[policy] = seconds[0] - few * each, each
-        return self._known[policy]
+            self._known[kind, policy] = seconds[0] - few * each, each
+        return self._known[kind, policy]
 
 
 def timeline(
-    question: Question, policy: MemoryPolicy, tokens: int | None = None, layers: int | None = None
+    question: Question,
+    policy: MemoryPolicy,
+    tokens: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Timeline:
     """The simulated timeline of a step, without a limit of memory."""
     step = question.step(policy, tokens, layers)
@@ -222,20 +232,30 @@ def timeline(
 
 def offload_ratio(question: Question, tokens: int | None = None) -> float:
     """r = min(1, T B / A): what a layer's forward pass of T seconds can copy to the host at B bytes/s of its A kept
-    bytes (ByteScale, arXiv 2502.21231, section 4.2). Raises ValueError when the device has no host memory."""
-    device = question.cluster.device(0)
-    bandwidth = device.tier("host").attained.maximum
-    block = question.step(MemoryPolicy(), tokens).block
-    recipe = Recipe(block, KEEP, 1, question.training.rank)
-    seconds = simulate([forward_schedule(recipe)], roomy(question.cluster.subset(1))).seconds
-    return min(1.0, seconds * bandwidth / total(saved_tensors(block)))
+    bytes (ByteScale, arXiv 2502.21231, section 4.2), of the layers where that is least. Raises ValueError when the
+    device has no host memory."""
+    bandwidth = question.cluster.device(0).tier("host").attained.maximum
+    block, place = question.step(MemoryPolicy(), tokens).block, roomy(question.cluster.subset(1))
+    ratios = []
+    for kind in (alike[0] for alike in question.kinds.values()):
+        recipe = Recipe(block.at(kind), KEEP, 1, question.training.rank)
+        seconds = simulate([forward_schedule(recipe, kind)], place).seconds
+        ratios.append(seconds * bandwidth / total(saved_tensors(recipe.block)))
+    return min(1.0, *ratios)
+
+
+def some_layers(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
+    """The model with so many layers, each like the one of this number."""
+    kinds = tuple(config.layer_types[i] for i in layers) if config.layer_types else ()
+    changes: dict[str, Any] = {"num_hidden_layers": len(layers), "layer_types": kinds}
+    if config.linear is not None and "linear_attention" not in kinds:
+        changes |= {"linear": None, "model_type": "llama"}
+    return replace(config, **changes)
 
 
 def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
     """The same model with its first layers only (repeated when there are not so many)."""
-    kinds = config.layer_types
-    types = tuple(kinds[i % len(kinds)] for i in range(layers)) if kinds else ()
-    return replace(config, num_hidden_layers=layers, layer_types=types)
+    return some_layers(config, [i % config.num_hidden_layers for i in range(layers)])
 
 
 def roomy(cluster: Cluster) -> Cluster:
@@ -249,7 +269,16 @@ def roomy(cluster: Cluster) -> Cluster:
 
 # ---- what is tried -----------------------------------------------------------------------------------------------
 def _uniform(question: Question, layer: LayerPolicy, mlp_tiles: int = 1) -> MemoryPolicy:
+    """One policy for all layers; linear attention layers recompute where the others stream."""
+    if layer.kind == "stream" and question.config.linear is not None:
+        config = question.config
+        layers = tuple(_of_layer(config, layer, i) for i in config.layers)
+        return MemoryPolicy(layers, mlp_tiles, question.head_tokens)
     return MemoryPolicy((layer,), mlp_tiles, question.head_tokens)
+
+
+def _of_layer(config: ModelConfig, policy: LayerPolicy, layer: int) -> LayerPolicy:
+    return LayerPolicy("recompute") if policy.kind == "stream" and config.is_linear(layer) else policy
 
 
 def _families(question: Question) -> Iterator[tuple[str, Callable[[int], MemoryPolicy]]]:
@@ -274,14 +303,19 @@ def _candidates(question: Question) -> Iterator[tuple[str, MemoryPolicy]]:
         fast.append(_offload(question, question.tokens))
         singles.append(fast[1])
     for layer in singles:
-        yield str(layer), _uniform(question, layer)
+        yield _name(question, layer), _uniform(question, layer)
     yield "keep, MLP in 4 tiles", _uniform(question, KEEP, 4)
     yield "recompute, MLP in 4 tiles", _uniform(question, LayerPolicy("recompute"), 4)
     for quick, small in product(fast, singles[1:]):
         mixed = _mixture(question, quick, small)
         if mixed is not None:
             count = mixed.layers.count(quick)
-            yield f"{count} {quick} + {len(mixed.layers) - count} {small}", mixed
+            yield f"{count} {quick} + {len(mixed.layers) - count} {_name(question, small)}", mixed
+
+
+def _name(question: Question, layer: LayerPolicy) -> str:
+    beside = layer.kind == "stream" and question.config.linear is not None
+    return f"{layer}{' (linear layers recompute)' if beside else ''}"
 
 
 def _offload(question: Question, tokens: int) -> LayerPolicy:
@@ -295,8 +329,11 @@ def _mixture(question: Question, quick: LayerPolicy, small: LayerPolicy) -> Memo
     if quick.kind == small.kind:
         return None
 
+    below = _uniform(question, small)
+
     def mixed(kept: int) -> MemoryPolicy:
-        return MemoryPolicy((small,) * (layers - kept) + (quick,) * kept, 1, question.head_tokens)
+        rest = tuple(below.layer(i, layers) for i in range(layers - kept))
+        return MemoryPolicy(rest + (quick,) * kept, 1, question.head_tokens)
 
     def fits(kept: int) -> bool:
         return question.holds(footprint(question.step(mixed(kept))))

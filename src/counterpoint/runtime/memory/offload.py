@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from counterpoint.model.decoder import Attend, Layer
+from counterpoint.model.linear import LinearAttention
 from counterpoint.runtime.memory.pieces import in_tiles
 from counterpoint.strategies.memory.cost import Block, kept_tensors, total
 
@@ -144,8 +145,9 @@ class Offload:
             return torch.inf if self.ratio else 0.0
         dtype = str(x.dtype).removeprefix("torch.")
         norm = "fused" if x.device.type == "cuda" else "composed"
-        kept = kept_tensors(Block(layer.config, x.shape[0], x.shape[1], dtype, norm), self.mlp_tiles)
-        return self.ratio * total(kept)
+        linear = isinstance(layer.self_attn, LinearAttention)
+        block = Block(layer.config, x.shape[0], x.shape[1], dtype, norm, linear)
+        return self.ratio * total(kept_tensors(block, self.mlp_tiles))
 
 
 class _Saved:

@@ -10,13 +10,14 @@ Sources: StreamBP (arXiv 2506.03077), ByteScale (arXiv 2502.21231).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from counterpoint.kernels.kernel import ITEM_BYTES, TensorSpec
 from counterpoint.kernels.mask import AttentionMask
 from counterpoint.kernels.tokens import Run, Tokens
 from counterpoint.model.config import ModelConfig
+from counterpoint.model.linear_config import DECAY_RANK
 from counterpoint.strategies.memory.policy import LayerPolicy, MemoryPolicy
 
 Norm = Literal["composed", "fused", "narrow"]
@@ -26,7 +27,7 @@ Part = Literal["input", "norm", "queries", "keys", "attention", "mlp_norm", "mlp
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Sequences that pass a layer together. norm: how RMSNorm is computed.
+    """Sequences that pass a layer together. linear: the layer attends linearly. norm: how RMSNorm is computed.
 
     composed: by single operators in float32, as on CPU (and in transformers), which keep the input in float32 and the
     normalised rows; fused: by one kernel, as on CUDA, which keeps its input and a number per row; narrow: as composed,
@@ -38,6 +39,7 @@ class Block:
     tokens: int
     dtype: str = "bfloat16"
     norm: Norm = "composed"
+    linear: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.tokens < 1:
@@ -59,7 +61,11 @@ class Block:
 
     def rows(self, tokens: int) -> Block:
         """The same layer over fewer tokens."""
-        return Block(self.config, self.batch, tokens, self.dtype, self.norm)
+        return replace(self, tokens=tokens)
+
+    def at(self, layer: int) -> Block:
+        """The same sequences in a layer of the model."""
+        return replace(self, linear=self.config.is_linear(layer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,47 +98,100 @@ def saved_tensors(block: Block) -> tuple[Saved, ...]:
     The input counts as saved where an operator saves it; composed norms of 2-byte activations save a float32 copy of
     it instead.
     """
-    c = block.config
-    hidden, d = c.hidden_size, c.head_dim
-    heads, kv_heads, inner = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size
-
-    def tensor(part: Part, name: str, *dims: int, dtype: str = "") -> Saved:
-        return Saved(part, name, TensorSpec((block.batch, block.tokens, *dims), dtype or block.dtype))
-
-    def norm(part: Part, name: str, *dims: int, first: Part | None = None) -> list[Saved]:
-        """What a norm over the last of these dims saves."""
-        scale = tensor(part, f"{name}.scale", *dims[:-1], dtype=block.wide)
-        if block.norm == "fused":
-            return [tensor(first or part, name, *dims), scale]
-        own = tensor(first or part, name, *dims)
-        if block.dtype != block.wide:
-            own = tensor(part, f"{name}.wide", *dims, dtype=block.wide)
-        unit = block.dtype if block.norm == "narrow" else block.wide
-        return [own, scale, tensor(part, f"{name}.unit", *dims, dtype=unit)]
-
-    saved = [*norm("norm", "x", hidden, first="input"), tensor("norm", "h", hidden)]
-    if c.qk_norm:
-        saved += [*norm("queries", "q_raw", heads, d), *norm("keys", "k_raw", kv_heads, d)]
+    c, inner = block.config, block.config.intermediate_size
+    saved = [
+        *_norm(block, "norm", "x", c.hidden_size, first="input"),
+        _tensor(block, "norm", "h", c.hidden_size),
+    ]
+    saved += _linear(block) if block.linear else _softmax(block)
     saved += [
-        tensor("queries", "q", heads, d),  # saved by attention, after both norms
-        tensor("keys", "k", kv_heads, d),
-        tensor("keys", "v", kv_heads, d),
-        tensor("attention", "out", heads, d),
-        tensor("attention", "lse", heads, dtype=block.wide),
-        *norm("mlp_norm", "y", hidden),
-        tensor("mlp_norm", "m", hidden),
-        tensor("mlp", "gate", inner),
-        tensor("mlp", "silu", inner),
-        tensor("mlp", "up", inner),
-        tensor("mlp", "product", inner),
+        *_norm(block, "mlp_norm", "y", c.hidden_size),
+        _tensor(block, "mlp_norm", "m", c.hidden_size),
+        *(_tensor(block, "mlp", name, inner) for name in ("gate", "silu", "up", "product")),
     ]
     return tuple(saved)
+
+
+def _softmax(block: Block) -> list[Saved]:
+    c = block.config
+    d, heads, kv_heads = c.head_dim, c.num_attention_heads, c.num_key_value_heads
+    saved = []
+    if c.qk_norm:
+        saved += [*_norm(block, "queries", "q_raw", heads, d), *_norm(block, "keys", "k_raw", kv_heads, d)]
+    return [
+        *saved,
+        _tensor(block, "queries", "q", heads, d),  # saved by attention, after both norms
+        _tensor(block, "keys", "k", kv_heads, d),
+        _tensor(block, "keys", "v", kv_heads, d),
+        _tensor(block, "attention", "out", heads, d),
+        _tensor(block, "attention", "lse", heads, dtype=block.wide),
+    ]
+
+
+def _linear(block: Block) -> list[Saved]:
+    """Convolved q, k and v share one buffer. Log decays are float32 until attention takes them as its accumulator is;
+    composed by single operators, as on CPU, their log-sigmoid saves a buffer too."""
+    s = block.config.linear
+    assert s is not None
+    heads, keys, values, conv = s.num_heads, s.key_head_dim, s.value_head_dim, s.conv_kernel_dim
+    featured = s.feature_map != "identity"
+    saved = []
+    if conv:
+        padded = TensorSpec((block.batch, block.tokens + conv - 1, s.channels), block.dtype)
+        saved += [Saved("attention", "padded", padded)]
+        saved += [_tensor(block, "attention", name, s.channels) for name in ("convolved", "mixed")]
+    elif featured:
+        saved += [
+            _tensor(block, "queries", "q_raw", heads * keys),
+            _tensor(block, "keys", "k_raw", heads * keys),
+        ]
+    width = {"scalar": 1, "vector": keys}.get(s.decay, 0)
+    if s.decay == "vector":
+        saved.append(_tensor(block, "attention", "decay_down", DECAY_RANK))
+    for name in ("decay", "decay.buffer")[: 1 + (block.norm == "composed")] if width else ():
+        saved.append(_tensor(block, "attention", name, heads * width, dtype="float32"))
+    saved.append(_tensor(block, "queries", "q", heads, keys))
+    if featured or not conv:
+        saved.append(_tensor(block, "keys", "k", heads, keys))
+    if not conv:
+        saved.append(_tensor(block, "keys", "v", heads, values))
+    if width:
+        saved.append(_tensor(block, "attention", "g", heads, width, dtype=block.wide))
+    if s.decay == "retention":
+        saved.append(Saved("attention", "rates", TensorSpec((heads,), block.wide)))
+    saved += _norm(block, "attention", "o", heads, values)
+    gated = ("out_gate", "normed", "out_silu", "gated") if s.output_gate else ("normed",)
+    return saved + [_tensor(block, "attention", name, heads, values) for name in gated]
+
+
+def _tensor(block: Block, part: Part, name: str, *dims: int, dtype: str = "") -> Saved:
+    return Saved(part, name, TensorSpec((block.batch, block.tokens, *dims), dtype or block.dtype))
+
+
+def _norm(block: Block, part: Part, name: str, *dims: int, first: Part | None = None) -> list[Saved]:
+    """What a norm over the last of these dims saves."""
+    scale = _tensor(block, part, f"{name}.scale", *dims[:-1], dtype=block.wide)
+    if block.norm == "fused":
+        return [_tensor(block, first or part, name, *dims), scale]
+    own = _tensor(block, first or part, name, *dims)
+    if block.dtype != block.wide:
+        own = _tensor(block, part, f"{name}.wide", *dims, dtype=block.wide)
+    unit = block.dtype if block.norm == "narrow" else block.wide
+    return [own, scale, _tensor(block, part, f"{name}.unit", *dims, dtype=unit)]
 
 
 def total(saved: Iterable[Saved], parts: Iterable[Part] | None = None) -> int:
     """Bytes of the buffers, of some parts only if given."""
     wanted = None if parts is None else set(parts)
     return sum(s.nbytes for s in saved if wanted is None or s.part in wanted)
+
+
+def check_policy(block: Block, policy: LayerPolicy) -> None:
+    """Raise ValueError for a policy that the layer cannot have."""
+    if block.linear and policy.kind == "stream":
+        raise ValueError(
+            f"memory policy {policy} works on softmax layers; keep, recompute or offload linear attention layers"
+        )
 
 
 def input_bytes(block: Block) -> int:
@@ -159,6 +218,7 @@ def offloaded_tensors(block: Block, ratio: float, mlp_tiles: int = 1) -> tuple[S
 
 def saved_bytes(block: Block, policy: LayerPolicy, mlp_tiles: int = 1) -> int:
     """Bytes on the device between a layer's forward and its backward pass."""
+    check_policy(block, policy)
     if policy.kind in ("recompute", "stream"):
         return input_bytes(block)
     whole = total(kept_tensors(block, mlp_tiles))
@@ -185,8 +245,8 @@ def backward_saved_bytes(block: Block, policy: LayerPolicy, mlp_tiles: int = 1) 
     and values of the whole sequence, and what one chunk saves on its way from the input to the output; what made
     keys and values is computed again at the end, chunk by chunk, when they are gone.
     """
-    kept = kept_tensors(block, mlp_tiles)
-    tile = mlp_tile_bytes(block, mlp_tiles)
+    check_policy(block, policy)
+    kept, tile = kept_tensors(block, mlp_tiles), mlp_tile_bytes(block, mlp_tiles)
     if policy.kind in ("keep", "offload"):
         return total(kept) + tile
     beside = 0 if any(s.name == "x" for s in kept) else input_bytes(block)
@@ -238,6 +298,12 @@ def layer_parameters(config: ModelConfig) -> int:
 def forward_flops(block: Block, layer: int = 0) -> int:
     """Floating-point operations of a layer's matrix products and attention, forward."""
     c = block.config
+    if block.linear:
+        s = c.linear
+        assert s is not None
+        matrices = s.parameters(c.hidden_size) + 3 * c.hidden_size * c.intermediate_size
+        states = 4 * s.num_heads * s.key_head_dim * s.value_head_dim
+        return block.batch * block.tokens * (2 * matrices + states)
     width, narrow = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     matrices = 2 * c.hidden_size * (width + narrow) + 3 * c.hidden_size * c.intermediate_size
     return block.batch * (2 * block.tokens * matrices + 4 * visible_pairs(block, layer) * width)
@@ -272,7 +338,9 @@ def extra(block: Block, policy: LayerPolicy, mlp_tiles: int = 1, layer: int = 0)
 def model_saved_bytes(block: Block, policy: MemoryPolicy) -> int:
     """Bytes on the device between the forward and the backward pass of all layers of one rank."""
     layers = block.config.num_hidden_layers
-    return sum(saved_bytes(block, policy.layer(i, layers), policy.mlp_tiles) for i in block.config.layers)
+    return sum(
+        saved_bytes(block.at(i), policy.layer(i, layers), policy.mlp_tiles) for i in block.config.layers
+    )
 
 
 def rotary_bytes(block: Block) -> int:

@@ -8,7 +8,7 @@ layer, the head and the embedding, made by the very writers that write a whole s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -22,10 +22,14 @@ from counterpoint.schedule.live import live_bytes
 from counterpoint.schedule.schedule import Copy
 from counterpoint.strategies.memory.cost import rotary_bytes
 from counterpoint.strategies.memory.head import HeadWriter
-from counterpoint.strategies.memory.layer import LayerWriter, Recipe, adapter_weights
+from counterpoint.strategies.memory.layer import LayerWriter, Recipe
+from counterpoint.strategies.memory.layers import write_layer
 from counterpoint.strategies.memory.policy import LayerPolicy
 from counterpoint.strategies.memory.sharding import Shards, Training
 from counterpoint.strategies.memory.step import Step, parameter_groups
+from counterpoint.strategies.memory.weights import adapter_weights, layer_weights
+
+Writes = Callable[..., LayerWriter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +72,12 @@ class Footprint:
         return {**asdict(self), "total": self.total}
 
 
-def footprint(step: Step, overlap: bool = True, writes: type[LayerWriter] = LayerWriter) -> Footprint:
+def footprint(step: Step, overlap: bool = True, writes: Writes = write_layer) -> Footprint:
     """The peak of a step on each of its ranks; arguments as for `moments`."""
     return max(moments(step, overlap, writes), key=lambda moment: moment.total)
 
 
-def moments(step: Step, overlap: bool = True, writes: type[LayerWriter] = LayerWriter) -> list[Footprint]:
+def moments(step: Step, overlap: bool = True, writes: Writes = write_layer) -> list[Footprint]:
     """The peaks of all parts of a step, in their order. overlap: what a layer offloads is still there while the next
     one runs; else it is gone at once, as in a schedule whose steps run one after the other. writes: the writer."""
     t, config = step.training, step.block.config
@@ -118,9 +122,10 @@ def moments(step: Step, overlap: bool = True, writes: type[LayerWriter] = LayerW
 
 # ---- parts -----------------------------------------------------------------------------------------------------
 def _kind(step: Step, layer: int) -> int:
-    """A layer that stands for all with the same window."""
-    windows = [step.block.config.window(i) for i in step.block.config.layers]
-    return windows.index(windows[layer])
+    """The first layer of the same type and window, which stands for all of them."""
+    config = step.block.config
+    kinds = [(config.is_linear(i), config.window(i)) for i in config.layers]
+    return kinds.index(kinds[layer])
 
 
 def _standing(step: Step, groups: Mapping[str, Mapping[str, TensorSpec]]) -> tuple[int, int, int]:
@@ -133,7 +138,7 @@ def _standing(step: Step, groups: Mapping[str, Mapping[str, TensorSpec]]) -> tup
         parameters += whole if t.reference and t.rank is None else 0
         trained = specs
         if t.rank is not None:
-            trained = adapter_weights(step.block.config, t.rank) if group.isdigit() else {}
+            trained = adapter_weights(step.block.config, t.rank, int(group)) if group.isdigit() else {}
             parameters += sum(s.nbytes for s in trained.values())
         if trained:
             optimizer += sum(s.nbytes for s in t.states(trained).values())
@@ -144,9 +149,7 @@ def _standing(step: Step, groups: Mapping[str, Mapping[str, TensorSpec]]) -> tup
 
 
 @lru_cache(maxsize=4096)
-def layer_bytes(
-    recipe: Recipe, training: Training, layer: int, writes: type[LayerWriter] = LayerWriter
-) -> LayerBytes:
+def layer_bytes(recipe: Recipe, training: Training, layer: int, writes: Writes = write_layer) -> LayerBytes:
     """What a layer needs, written by `writes`."""
     block, config = recipe.block, recipe.block.config
     b = Builder("layer", 0, training.ranks)
@@ -154,8 +157,8 @@ def layer_bytes(
     angles = TensorSpec((1, block.tokens, 1, config.head_dim), block.dtype)
     cos, sin = b.input("cos", angles), b.input("sin", angles)
     shards = Shards(b, training, 0)
-    adapters = adapter_weights(config, recipe.rank) if recipe.rank is not None else None
-    shards.declare("0", parameter_groups(block)["0"], adapters)
+    adapters = adapter_weights(config, recipe.rank, layer) if recipe.rank is not None else None
+    shards.declare("0", layer_weights(config, block.dtype, layer), adapters)
     x = b.compute(Empty(shape), cos, names=("x",))[0]
     writer = writes(b, recipe, layer, shards.weights("0", x), cos, sin)
     writer.sparse = True
@@ -242,27 +245,25 @@ def _embedding_bytes(step: Step) -> tuple[int, int]:
 
 def _update_bytes(step: Step, groups: Mapping[str, Mapping[str, TensorSpec]]) -> list[tuple[str, int, int]]:
     """For every group that is updated: most bytes beside what stands, and bytes of gradients freed by it."""
-    t = step.training
-    found: dict[str, tuple[str, int, int]] = {}
+    t, config = step.training, step.block.config
+    known: dict[str, tuple[int, int]] = {}
+    found = []
     for group, specs in groups.items():
-        kind = "layer" if group.isdigit() else group
-        if kind not in found:
-            adapters = (
-                adapter_weights(step.block.config, t.rank) if t.rank is not None and kind == "layer" else None
-            )
-            if t.rank is not None and adapters is None:
-                continue
-            found[kind] = _update_of(t, specs, adapters)
-    return [
-        (group, *found[kind][1:])
-        for group in groups
-        if (kind := "layer" if group.isdigit() else group) in found
-    ]
+        kind, adapters = group, None
+        if group.isdigit():
+            kind = f"layer {_kind(step, int(group))}"
+            adapters = adapter_weights(config, t.rank, int(group)) if t.rank is not None else None
+        if t.rank is not None and adapters is None:
+            continue
+        if kind not in known:
+            known[kind] = _update_of(t, specs, adapters)
+        found.append((group, *known[kind]))
+    return found
 
 
 def _update_of(
     t: Training, specs: Mapping[str, TensorSpec], adapters: Mapping[str, TensorSpec] | None
-) -> tuple[str, int, int]:
+) -> tuple[int, int]:
     b = Builder("update", 0, t.ranks)
     start = b.input("start", TensorSpec((1,)))
     shards = Shards(b, t, 0)
@@ -276,14 +277,17 @@ def _update_of(
     schedule = b.finish({**shards.outputs, "begun": begun})
     live = live_bytes(schedule)
     turn = next(i for i, s in enumerate(schedule.steps, 1) if any(v.name == begun.name for v in s.writes))
-    return "", max(live[turn:]) - live[0] - held, held
+    return max(live[turn:]) - live[0] - held, held
 
 
 def _reference_bytes(step: Step) -> int:
     """Most bytes while the reference runs forward: a layer's forward pass without anything kept, or its head."""
-    recipe = step.recipe(0)
-    policy = recipe.policy if recipe.policy.kind == "stream" else LayerPolicy("recompute")
-    plain = Recipe(recipe.block, policy, recipe.mlp_tiles, None, recipe.masked)
-    one = layer_bytes(plain, Training(zero=step.training.zero, ranks=step.training.ranks), 0).forward
+    training = Training(zero=step.training.zero, ranks=step.training.ranks)
+    most = 0
+    for kind in {_kind(step, i) for i in step.block.config.layers}:
+        recipe = step.recipe(kind)
+        policy = recipe.policy if recipe.policy.kind == "stream" else LayerPolicy("recompute")
+        plain = Recipe(recipe.block, policy, recipe.mlp_tiles, None, recipe.masked)
+        most = max(most, layer_bytes(plain, training, kind).forward)
     head, _, _ = _head_bytes(step)
-    return max(one, head)
+    return max(most, head)

@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from counterpoint.kernels.attention import Add, Attend, AttendBackward
-from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.kernels.mask import Area, AttentionMask
 from counterpoint.kernels.norm import Rotate
 from counterpoint.kernels.pointwise import (
@@ -33,10 +32,9 @@ from counterpoint.kernels.pointwise import (
 )
 from counterpoint.kernels.projection import View
 from counterpoint.kernels.tokens import Run, Tokens
-from counterpoint.model.config import ModelConfig
 from counterpoint.schedule.builder import Builder
-from counterpoint.schedule.schedule import Schedule, Value
-from counterpoint.strategies.memory.cost import Block, chunk_lengths, offloaded_tensors
+from counterpoint.schedule.schedule import Value
+from counterpoint.strategies.memory.cost import Block, check_policy, chunk_lengths, offloaded_tensors
 from counterpoint.strategies.memory.operators import Operators, Values
 from counterpoint.strategies.memory.policy import LayerPolicy
 
@@ -52,36 +50,8 @@ class Recipe:
     rank: int | None = None
     masked: bool = False
 
-
-def layer_weights(config: ModelConfig, dtype: str) -> dict[str, TensorSpec]:
-    """The parameters of a layer by the names that the decoder gives them, without "weight"."""
-    c, d = config, config.head_dim
-    width, narrow = c.num_attention_heads * d, c.num_key_value_heads * d
-    shapes = {
-        "q_proj": (width, c.hidden_size), "k_proj": (narrow, c.hidden_size), "v_proj": (narrow, c.hidden_size),
-        "o_proj": (c.hidden_size, width), "gate_proj": (c.intermediate_size, c.hidden_size),
-        "up_proj": (c.intermediate_size, c.hidden_size), "down_proj": (c.hidden_size, c.intermediate_size),
-    }  # fmt: skip
-    weights: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        weights[name] = shape
-        bias = c.mlp_bias if name in ("gate_proj", "up_proj", "down_proj") else c.attention_bias
-        if c.output_bias if name == "o_proj" else bias:
-            weights[f"{name}.bias"] = shape[:1]
-    weights["input_layernorm"] = weights["post_attention_layernorm"] = (c.hidden_size,)
-    if c.qk_norm:
-        weights["q_norm"] = weights["k_norm"] = (d,)
-    return {name: TensorSpec(shape, dtype) for name, shape in weights.items()}
-
-
-def adapter_weights(config: ModelConfig, rank: int) -> dict[str, TensorSpec]:
-    """LoRA adapters of all projections of a layer, in float32: a (rank, in) and b (out, rank)."""
-    adapters = {}
-    for name, spec in layer_weights(config, "float32").items():
-        if name.endswith("_proj"):
-            adapters[f"{name}.a"] = TensorSpec((rank, spec.shape[1]))
-            adapters[f"{name}.b"] = TensorSpec((spec.shape[0], rank))
-    return adapters
+    def __post_init__(self) -> None:
+        check_policy(self.block, self.policy)
 
 
 class LayerWriter(Operators):
@@ -215,15 +185,21 @@ class LayerWriter(Operators):
         m = saved["m"] = self.norm(y, "y", "post_attention_layernorm", saved)
         return self.one(Sum(), y, self._mlp(m, saved), name="z")
 
+    def _project_back(self, dz: Value, out: Value, saved: Values) -> tuple[Value, Value]:
+        """(gradient of the residual stream, dout), out being what attention gave."""
+        dm = self._mlp_back(dz, saved)
+        dy = self.one(Sum(), dz, self.norm_back(dm, "y", "post_attention_layernorm", saved), name="dy")
+        flat = self.one(View((out.spec.shape[2] * out.spec.shape[3],)), out)
+        return dy, self.one(
+            View(out.spec.shape[2:]), self.linear_back("o_proj", dy, flat, saved), name="dout"
+        )
+
     def _close_back(
         self, dz: Value, saved: Values, span: tuple[int, int]
     ) -> tuple[Value, Value, Value, Value]:
         """(gradient of the residual stream, dq, dk, dv); those of attention in float32."""
-        dm = self._mlp_back(dz, saved)
-        dy = self.one(Sum(), dz, self.norm_back(dm, "y", "post_attention_layernorm", saved), name="dy")
         out = saved["out"]
-        flat = self.one(View((out.spec.shape[2] * out.spec.shape[3],)), out)
-        dout = self.one(View(out.spec.shape[2:]), self.linear_back("o_proj", dy, flat, saved), name="dout")
+        dy, dout = self._project_back(dz, out, saved)
         kernel = AttendBackward(self._areas(span), self.scale, has_out=True)
         inputs = (saved["q"], dout, saved["lse"], out, saved["k"], saved["v"])
         dq, dk, dv = self.builder.compute(kernel, *inputs, names=("dq", "dk", "dv"))
@@ -332,35 +308,3 @@ def _spans(tokens: int, pieces: int) -> list[tuple[int, int]]:
         spans.append((start, start + length))
         start += length
     return spans
-
-
-def layer_schedule(recipe: Recipe, layer: int = 0) -> Schedule:
-    """One layer forward and backward: inputs x, dy, cos, sin and the weights, outputs y, dx and the gradients."""
-    block, config = recipe.block, recipe.block.config
-    builder = Builder(f"layer {recipe.policy}", 0, 1)
-    x = builder.input("x", TensorSpec((block.batch, block.tokens, config.hidden_size), block.dtype))
-    dy = builder.input("dy", x.spec)
-    angles = TensorSpec((1, block.tokens, 1, config.head_dim), block.dtype)
-    cos, sin = builder.input("cos", angles), builder.input("sin", angles)
-    specs = layer_weights(config, block.dtype)
-    if recipe.rank is not None:
-        specs |= adapter_weights(config, recipe.rank)
-    weights = {name: builder.input(name, spec) for name, spec in specs.items()}
-    writer = LayerWriter(builder, recipe, layer, weights, cos, sin)
-    y = writer.forward(x)
-    start = builder.compute(After(), dy, y, names=("dy",))[0]
-    dx = writer.backward(start)
-    return builder.finish({"y": y, "dx": dx, **writer.grads})
-
-
-def forward_schedule(recipe: Recipe, layer: int = 0) -> Schedule:
-    """A layer's forward pass alone: inputs x, cos, sin and the weights, output y."""
-    whole = layer_schedule(recipe, layer)
-    steps = []
-    for step in whole.steps:
-        steps.append(step)
-        if any(v.name == whole.outputs["y"] for v in step.writes):
-            break
-    needed = {name for step in steps for name in step.reads}
-    inputs = tuple(v for v in whole.inputs if v.name in needed)
-    return Schedule(f"{whole.name} forward", 0, 1, inputs, {"y": whole.outputs["y"]}, tuple(steps))

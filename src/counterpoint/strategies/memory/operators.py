@@ -103,7 +103,7 @@ class Operators:
 
     def linear(self, name: str, x: Value, saved: Values) -> Value:
         label = name.removesuffix("_proj")
-        if self.rank is not None:
+        if self.rank is not None and f"{name}.a" in self.weights:
             inputs = (self.weights[name], self.weights[f"{name}.a"], self.weights[f"{name}.b"])
             y, saved[f"{name}.u"] = self.builder.compute(Lora(), x, *inputs, names=(label, "u"))
         else:
@@ -113,7 +113,7 @@ class Operators:
 
     def linear_back(self, name: str, dy: Value, x: Value, saved: Values) -> Value:
         w = self.weights[name]
-        if self.rank is not None:
+        if self.rank is not None and f"{name}.a" in self.weights:
             a, b = self.weights[f"{name}.a"], self.weights[f"{name}.b"]
             dx, da, db = self.builder.compute(
                 LoraBackward(), dy, x, saved[f"{name}.u"], w, a, b, names=("dx", "da", "db")
@@ -122,6 +122,8 @@ class Operators:
             self.gradient(f"{name}.b", db)
             return dx
         dx = self.one(LinearInput(), dy, w, name="dx")
+        if self.rank is not None:  # frozen, and without an adapter
+            return dx
         bias = f"{name}.bias" in self.weights
         made = self.builder.compute(LinearWeight(bias), dy, x, names=("dw", "db")[: 1 + bias])
         for key, part in zip((name, f"{name}.bias"), made, strict=False):

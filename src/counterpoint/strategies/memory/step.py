@@ -16,10 +16,12 @@ from counterpoint.schedule.builder import Builder
 from counterpoint.schedule.schedule import Schedule, Value
 from counterpoint.strategies.memory.cost import Block
 from counterpoint.strategies.memory.head import HeadWriter
-from counterpoint.strategies.memory.layer import LayerWriter, Recipe, adapter_weights, layer_weights
+from counterpoint.strategies.memory.layer import LayerWriter, Recipe
+from counterpoint.strategies.memory.layers import write_layer
 from counterpoint.strategies.memory.operators import Values
 from counterpoint.strategies.memory.policy import LayerPolicy, MemoryPolicy
 from counterpoint.strategies.memory.sharding import Shards, Training
+from counterpoint.strategies.memory.weights import adapter_weights, layer_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Step:
 
     def recipe(self, layer: int) -> Recipe:
         policy = self.policy.layer(layer, self.block.config.num_hidden_layers)
-        return Recipe(self.block, policy, self.policy.mlp_tiles, self.training.rank, self.masked)
+        return Recipe(self.block.at(layer), policy, self.policy.mlp_tiles, self.training.rank, self.masked)
 
 
 def parameter_groups(block: Block) -> dict[str, dict[str, TensorSpec]]:
@@ -41,7 +43,7 @@ def parameter_groups(block: Block) -> dict[str, dict[str, TensorSpec]]:
     c = block.config
     table = {"weight": TensorSpec((c.vocab_size, c.hidden_size), block.dtype)}
     head = {"norm": TensorSpec((c.hidden_size,), block.dtype), **({} if c.tie_word_embeddings else table)}
-    return {"embed": table, **{f"{i}": layer_weights(c, block.dtype) for i in c.layers}, "head": head}
+    return {"embed": table, **{f"{i}": layer_weights(c, block.dtype, i) for i in c.layers}, "head": head}
 
 
 def step_schedule(step: Step, rank: int = 0) -> Schedule:
@@ -67,7 +69,7 @@ class _Writer:
         cos, sin = b.input("cos", angles), b.input("sin", angles)
         for group, specs in parameter_groups(block).items():
             rank = self.training.rank
-            adapters = adapter_weights(c, rank) if rank is not None and group.isdigit() else None
+            adapters = adapter_weights(c, rank, int(group)) if rank is not None and group.isdigit() else None
             self.shards.declare(group, specs, adapters)
         outputs: Values = {}
         if self.training.reference:
@@ -75,7 +77,7 @@ class _Writer:
         x = b.compute(Embed(), tokens, self.shards.weights("embed", tokens)["weight"], names=("x",))[0]
         writers: list[LayerWriter] = []
         for i in c.layers:
-            writers.append(LayerWriter(b, self.step.recipe(i), i, self.shards.weights(f"{i}", x), cos, sin))
+            writers.append(write_layer(b, self.step.recipe(i), i, self.shards.weights(f"{i}", x), cos, sin))
             x = writers[-1].forward(x)
         dx, tied, outputs["loss"] = self._head(x, labels)
         for i in reversed(c.layers):
@@ -128,7 +130,7 @@ class _Writer:
             recipe = replace(self.step.recipe(i), rank=None)
             if recipe.policy.kind == "offload":
                 recipe = replace(recipe, policy=LayerPolicy("keep"))
-            x = LayerWriter(b, recipe, i, weights(f"{i}", x), cos, sin).forward(x)
+            x = write_layer(b, recipe, i, weights(f"{i}", x), cos, sin).forward(x)
         last = weights("head", x)
         if "weight" not in last:
             last = {**last, "weight": (embed if copies else weights("embed", x))["weight"]}

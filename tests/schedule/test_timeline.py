@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -159,3 +160,36 @@ def test_nothing_is_recorded_unasked() -> None:
     assert torch.equal(plain["out"], timed["out"])
     Executor(None).run(schedule, case.tensors())
     assert len(line.spans) == len(schedule.steps)
+
+
+def test_a_timeline_that_is_asked_for_its_time_only_makes_no_spans_and_travels_whole():
+    class Later:
+        start, stop, asked = 1.0, 3.0, 0
+
+        def spans(self) -> list[Span]:
+            self.asked += 1
+            return [
+                Span(1, "compute", "compute", "a", 1.0, 3.0),
+                Span(0, "compute", "compute", "b", 1.0, 2.0),
+            ]
+
+        def memory(self) -> list[MemoryEvent]:
+            return [MemoryEvent(0, 1.0, 8)]
+
+    later = Later()
+    line = Timeline("simulated", meta={"ranks": 2}, pending=later)
+    assert (line.seconds, later.asked) == (2.0, 0)
+    copied = pickle.loads(pickle.dumps(line))
+    assert copied == line == Timeline("simulated", later.spans(), later.memory(), {"ranks": 2})
+    assert (line.seconds, later.asked) == (2.0, 2), "once for the pickle, once by the test"
+    line.spans.pop(0)
+    assert line.seconds == 1.0, "once made, spans are the timeline's own"
+
+
+def test_splitting_by_rank_is_the_inverse_of_merging():
+    spans = [Span(r, "compute", "compute", f"{i}", float(i), i + 1.0) for i in range(4) for r in range(3)]
+    line = Timeline("simulated", spans, [MemoryEvent(r, 0.5, r) for r in range(3)], {"a": 1})
+    parts = line.split()
+    assert [{s.rank for s in part.spans} for part in parts.values()] == [{0}, {1}, {2}]
+    assert Timeline.merge(parts.values()) == line
+    assert all(part.categories(rank) == line.categories(rank) for rank, part in parts.items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -121,6 +122,7 @@ def register(name: str) -> Callable[[K], K]:
     return add
 
 
+@cache
 def kernel_name(cls: type[Kernel]) -> str:
     return next(name for name, known in _REGISTRY.items() if known is cls)
 

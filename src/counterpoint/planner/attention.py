@@ -6,6 +6,7 @@ backward separately, flat and nested over two axes.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -175,17 +176,20 @@ def estimate(
 
 def measured(names: tuple[str, ...], timeline: Timeline) -> Estimate:
     """What a simulated pass costs."""
-    ranks = timeline.ranks
-    shares = [timeline.categories(rank) for rank in ranks]
+    parts = timeline.split()
+    shares = [part.categories(rank) for rank, part in parts.items()]
     links = timeline.bytes_by_link()
+    sent: dict[int, int] = defaultdict(int)
+    for (source, _), nbytes in links.items():
+        sent[source] += nbytes
     return Estimate(
         names,
         timeline.seconds,
-        sum(s["compute"] for s in shares) / len(ranks),
-        sum(s["exposed"] for s in shares) / len(ranks),
-        max((timeline.bytes_sent(rank) for rank in ranks), default=0),
+        sum(s["compute"] for s in shares) / len(parts),
+        sum(s["exposed"] for s in shares) / len(parts),
+        max(sent.values(), default=0),
         max(links.values(), default=0),
-        max(timeline.peak_bytes(rank) for rank in ranks),
+        max(part.peak_bytes(rank) for rank, part in parts.items()),
     )
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Kind = Literal["compute", "send", "recv", "collective", "copy"]
 
@@ -53,18 +54,58 @@ class MemoryEvent:
     live_bytes: int
 
 
-@dataclass(slots=True)
+class Pending(Protocol):
+    """What happened, ready to be written as spans and memory events when somebody asks for them."""
+
+    start: float
+    stop: float
+
+    def spans(self) -> list[Span]: ...
+
+    def memory(self) -> list[MemoryEvent]: ...
+
+
 class Timeline:
     """Spans and memory of all ranks that were merged into it; `source` says who made it.
 
     `source` is "measured" or "simulated"; `meta` holds what a reader needs to know about the run
-    (strategy, shape, machine), as plain JSON values.
+    (strategy, shape, machine), as plain JSON values. pending: where spans and memory come from once they are asked
+    for; whoever asks for the time alone does not wait for them.
     """
 
-    source: str = "measured"
-    spans: list[Span] = field(default_factory=list)
-    memory: list[MemoryEvent] = field(default_factory=list)
-    meta: dict[str, Any] = field(default_factory=dict)
+    def __init__(
+        self,
+        source: str = "measured",
+        spans: list[Span] | None = None,
+        memory: list[MemoryEvent] | None = None,
+        meta: dict[str, Any] | None = None,
+        *,
+        pending: Pending | None = None,
+    ) -> None:
+        self.source, self.meta, self._pending = source, {} if meta is None else meta, pending
+        if not pending:
+            self.spans, self.memory = [] if spans is None else spans, [] if memory is None else memory
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        return self._made()[0]
+
+    @cached_property
+    def memory(self) -> list[MemoryEvent]:
+        return self._made()[1]
+
+    def _made(self) -> tuple[list[Span], list[MemoryEvent]]:
+        assert self._pending
+        self.spans, self.memory, self._pending = self._pending.spans(), self._pending.memory(), None
+        return self.spans, self.memory
+
+    def __reduce__(self):
+        return Timeline, (self.source, self.spans, self.memory, self.meta)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Timeline) and self.__reduce__() == other.__reduce__()
+
+    __hash__ = None  # type: ignore[assignment]
 
     # ---- reading -------------------------------------------------------------------------------
     @property
@@ -73,11 +114,11 @@ class Timeline:
 
     @property
     def start(self) -> float:
-        return min((s.start for s in self.spans), default=0.0)
+        return self._pending.start if self._pending else min((s.start for s in self.spans), default=0.0)
 
     @property
     def stop(self) -> float:
-        return max((s.stop for s in self.spans), default=0.0)
+        return self._pending.stop if self._pending else max((s.stop for s in self.spans), default=0.0)
 
     @property
     def seconds(self) -> float:
@@ -150,6 +191,15 @@ class Timeline:
         whole.spans.sort(key=lambda s: (s.start, s.rank))
         whole.memory.sort(key=lambda m: (m.time, m.rank))
         return whole
+
+    def split(self) -> dict[int, Timeline]:
+        """The timeline of every rank, in ascending order: the inverse of `merge`."""
+        parts = {rank: Timeline(self.source, meta=self.meta) for rank in self.ranks}
+        for s in self.spans:
+            parts[s.rank].spans.append(s)
+        for m in self.memory:
+            parts[m.rank].memory.append(m)
+        return parts
 
     def shifted(self) -> Timeline:
         """The same timeline with time zero at its first span."""

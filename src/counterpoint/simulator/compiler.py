@@ -10,17 +10,19 @@ from typing import Literal
 import numpy as np
 
 from counterpoint.cluster.cluster import Cluster
+from counterpoint.kernels.kernel import TensorSpec
 from counterpoint.schedule.check import check_messages
-from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, Send
+from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, Send, Value
 from counterpoint.simulator.cost import Cost, Costs, KernelCosts
 from counterpoint.simulator.fold import Symmetry
 from counterpoint.simulator.meetings import Meeting, Message, meet
 from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, SEND, TIMED, Array, Program, lists
-from counterpoint.simulator.routes import DEVICE, Asymmetric, Routes
+from counterpoint.simulator.routes import DEVICE, Asymmetric, Routes, Ways
 
 Collectives = Literal["direct", "measured"]
 Key = tuple[int, int, str]  # source as the receiver sees it, the rank that stands for the receiver, channel
 End = tuple[int, int]  # step, bytes
+NONE: dict[int, int] = {}
 
 
 @dataclass(slots=True)
@@ -53,80 +55,104 @@ class Compiler:
         self.rank: list[int] = []
         self.kind: list[int] = []
         self.stream: list[int] = []
-        self.following: list[int] = []
         self.seconds: list[float] = []
-        self.waits: list[int] = []
         self.flops: list[int] = []
         self.wire: list[int] = []
-        self.successors, self.reads, self.makes = Lists(), Lists(), Lists()
-        self.first: list[int] = []
-        self.depth: list[int] = []
+        self.makes = Lists()
+        self.depth: list[int] = []  # of streams
         self.names: list[str] = []
-        self._buffers: list[tuple[int, int, bool, int, bool]] = []  # bytes, readers, kept, source, fast
+        self._readers: list[int] = []  # what is read: by which step, made by which, from which buffer
+        self._makers: list[int] = []
+        self._read: list[int] = []
+        # buffers: bytes, never freed, the receive that fills it or -1, in fast memory
+        self._sizes: list[int] = []
+        self._kept: list[bool] = []
+        self._sources: list[int] = []
+        self._fast: list[bool] = []
         self._copied: list[tuple[int, int, int, str, str]] = []  # step, bytes, rank, tiers from and to
         self._sent: dict[Key, list[End]] = defaultdict(list)
         self._received: dict[Key, list[End]] = defaultdict(list)
         self._destination: dict[Key, int] = {}
-        self._ends: dict[
-            tuple[int, int], tuple[int, int]
-        ] = {}  # by sender and receiver: the first two of a key
         self._costs: dict[str, Cost] = {}  # by name of the device
 
     def add(self, schedule: Schedule) -> None:
         """The steps of one rank."""
-        memory, values = schedule.memory, schedule.values
-        base, device = len(self.rank), self.cluster.device(self.places[schedule.rank])
-        self._add_streams(schedule, base)
-        cost = self._costs.setdefault(device.name, self.costs(device))
-        sizes = {name: value.nbytes for name, value in values.items()}
-        maker: dict[str, int] = {}
-        tier = {v.name: DEVICE for v in schedule.inputs}
-        buffer: dict[str, int] = {}
+        device = self.cluster.device(self.places[schedule.rank])
+        if device.name not in self._costs:
+            self._costs[device.name] = self.costs(device)
+        cost, main, base = self._costs[device.name], device.memory[0].name, len(self.rank)
+        self.rank += [len(self.schedules)] * len(schedule.steps)
+        self.schedules.append(schedule)
+        self.bases.append(base)
+        # A value: the step that makes it, the buffer it lives in, its bytes, its spec, the tier of memory.
+        known: dict[str, tuple[int, int, int, TensorSpec, str]] = {}
+        streams: dict[str, int] = {}
+        outgoing: dict[tuple[int, str], list[End]] = {}
+        incoming: dict[tuple[int, str], list[End]] = {}
+        readers, makers, read = self._readers, self._makers, self._read
 
-        def allocate(name: str, source: int, where: str) -> None:
-            kept, readers = name in memory.kept, memory.readers[name]
-            buffer[name] = len(self._buffers)
-            self._buffers.append((sizes[name], readers, kept, source, where == DEVICE))
-            self.names.append(name)
+        def send(number: int, to: int, channel: str, values: list[tuple]) -> int:
+            nbytes = sum([value[2] for value in values])
+            if (to, channel) not in outgoing:
+                outgoing[to, channel] = self._sent_to(schedule.rank, to, channel)
+            outgoing[to, channel].append((number, nbytes))
+            return nbytes
+
+        def receive(number: int, source: int, channel: str, outputs: Sequence[Value]) -> int:
+            nbytes = sum([value.spec.nbytes for value in outputs])
+            if (source, channel) not in incoming:
+                incoming[source, channel] = self._received[source, schedule.rank, channel]
+            incoming[source, channel].append((number, nbytes))
+            return nbytes
 
         for value in schedule.inputs:
-            allocate(value.name, -1, DEVICE)
+            nbytes = value.spec.nbytes
+            known[value.name] = -1, self._allocate(value.name, nbytes, -1, True), nbytes, value.spec, DEVICE
         for number, step in enumerate(schedule.steps, base):
-            reads = step.reads
-            for source in {maker[name] for name in reads if name in maker}:
-                self.waits[number] += 1
-                self.successors.add(source, number)
-            for root in dict.fromkeys([memory.root[name] for name in reads]):
-                self.reads.add(number, buffer[root])
-            kind, where = EXCHANGE, DEVICE
+            values = [known[name] for name in step.reads]
+            for maker, buffer, *_ in values:
+                readers.append(number)
+                makers.append(maker)
+                read.append(buffer)
+            made, where, source, aliases, seconds, flops, wire = step.writes, DEVICE, -1, NONE, 0.0, 0, 0
             if isinstance(step, Compute):
-                kind = TIMED
-                specs = [values[name].spec for name in reads]
-                self.seconds[number], self.flops[number] = cost(step.kernel, specs)
-                where = tier[reads[0]] if reads and step.kernel.aliases else DEVICE
+                kind, aliases = TIMED, step.kernel.aliases
+                seconds, flops = cost(step.kernel, [value[3] for value in values])
+                if aliases and values:
+                    where = values[0][4]
             elif isinstance(step, Send):
-                kind = SEND
-                self._send(number, schedule.rank, step.to, step.channel, sum([sizes[name] for name in reads]))
+                kind, wire = SEND, send(number, step.to, step.channel, values)
             elif isinstance(step, Recv):
-                kind = RECV
-                received = sum([sizes[v.name] for v in step.outputs])
-                self._receive(number, schedule.rank, step.source, step.channel, received)
-                self.wire[number] = received
+                kind, source = RECV, number
+                wire = receive(number, step.source, step.channel, made)
             elif isinstance(step, Collective):
+                kind = EXCHANGE
                 for to, names in step.sends:
-                    self._send(number, schedule.rank, to, step.channel, sum([sizes[name] for name in names]))
-                for source, made in step.recvs:
-                    received = sum([sizes[v.name] for v in made])
-                    self._receive(number, schedule.rank, source, step.channel, received)
+                    wire += send(number, to, step.channel, [known[name] for name in names])
+                for peer, outputs in step.recvs:
+                    receive(number, peer, step.channel, outputs)
             else:
-                kind, where = COPY, DEVICE if step.tier == device.memory[0].name else step.tier
-                self._copied.append((number, step.output.nbytes, schedule.rank, tier[step.input], where))
-            self.kind[number] = kind
-            for value in step.writes:
-                maker[value.name], tier[value.name] = number, where
-                if memory.root[value.name] == value.name:
-                    allocate(value.name, number if kind == RECV else -1, where)
-                    self.makes.add(number, buffer[value.name])
+                kind, where = COPY, DEVICE if step.tier == main else step.tier
+                self._copied.append((number, step.output.nbytes, schedule.rank, values[0][4], where))
+            stream = step.stream
+            if stream not in streams:
+                streams[stream] = len(self.depth)
+                self.depth.append(schedule.depth(step.channel) if isinstance(step, Recv) else 0)
+            self.stream.append(streams[stream])
+            self.kind.append(kind)
+            self.seconds.append(seconds)
+            self.flops.append(flops)
+            self.wire.append(wire)
+            for i, value in enumerate(made):
+                nbytes = value.spec.nbytes
+                if i in aliases:
+                    buffer = values[aliases[i]][1]
+                else:
+                    buffer = self._allocate(value.name, nbytes, source, where == DEVICE)
+                    self.makes.add(number, buffer)
+                known[value.name] = number, buffer, nbytes, value.spec, where
+        for name in (*(value.name for value in schedule.inputs), *schedule.outputs.values()):
+            self._kept[known[name][1]] = True
 
     def finish(self, collectives: Collectives) -> Program:
         """The program of all schedules that were added. Raises ScheduleError for a message without counterpart.
@@ -164,7 +190,7 @@ class Compiler:
 
     def _routes(self, pairs: set[tuple[int, int]]) -> Routes:
         """Routes under the strongest symmetry that schedules and cluster share; sets `joint` and `turns`."""
-        ordered, ways = sorted(pairs), {}
+        ordered, ways = sorted(pairs), Ways()
         for joint in self.symmetry.weaker():
             turns, tried = self.symmetry.copies(joint), -1
             try:
@@ -216,20 +242,21 @@ class Compiler:
     ) -> Program:
         copies, n = len(self.turns), len(self.rank)
 
-        def tiled(column: Sequence, offset: int = 0) -> Array:
+        def tiled(column: Sequence | Array, offset: int = 0) -> Array:
             """The column for every copy; what is not negative counts from that copy's `offset` on."""
             whole = np.tile(np.array(column, np.int64), copies)
             whole[whole >= 0] += np.repeat(np.arange(copies) * offset, len(column))[whole >= 0]
             return whole
 
-        def many(each: Lists, offset: int) -> tuple[Array, Array]:
-            return lists(tiled(each.owners, n), tiled(each.items, offset), n * copies)
+        def many(owners: Sequence[int], items: Sequence[int], offset: int) -> tuple[Array, Array]:
+            return lists(tiled(owners, n), tiled(items, offset), n * copies)
 
-        size, readers, kept, filled, fast = _columns(self._buffers, 5)
         sender, receiver, nbytes, route, latency, limit = _columns(flows, 6)
-        successors_at, successors = many(self.successors, n)
-        reads_at, reads = many(self.reads, len(size))
-        makes_at, makes = many(self.makes, len(size))
+        following, first, waits = self._in_order()
+        successors_at, successors = many(*self._successors(waits), n)
+        reader, read = self._reads()
+        reads_at, reads = many(reader, read, len(self.names))
+        makes_at, makes = many(self.makes.owners, self.makes.items, len(self.names))
         outgoing_at, outgoing_items = lists(outgoing.owners, outgoing.items, n * copies)
         incoming_at, incoming_items = lists(incoming.owners, incoming.items, n * copies)
         route_at, route_resources, route_weights, capacity = routes.arrays()
@@ -241,14 +268,15 @@ class Compiler:
         kind[meeting_steps] = MEETING
         ranks = [self.place(i)[1] for i in range(copies * len(self.schedules))]
         return Program(
-            rank=tiled(self.rank, len(self.schedules)), kind=kind, stream=tiled(self.stream, len(self.first)),
-            following=tiled(self.following, n), seconds=np.tile(np.array(self.seconds, np.float64), copies),
-            waits=tiled(self.waits), successors_at=successors_at, successors=successors,
+            rank=tiled(self.rank, len(self.schedules)), kind=kind, stream=tiled(self.stream, len(first)),
+            following=tiled(following, n), seconds=np.tile(np.array(self.seconds, np.float64), copies),
+            waits=tiled(waits), successors_at=successors_at, successors=successors,
             reads_at=reads_at, reads=reads, makes_at=makes_at, makes=makes,
             outgoing_at=outgoing_at, outgoing=outgoing_items, incoming_at=incoming_at, incoming=incoming_items,
-            first=tiled(self.first, n), depth=tiled(self.depth),
-            buffer_bytes=tiled(size), buffer_readers=tiled(readers), buffer_kept=tiled(kept).astype(np.bool_),
-            buffer_source=tiled(filled, n), buffer_fast=tiled(fast).astype(np.bool_),
+            first=tiled(first, n), depth=tiled(self.depth),
+            buffer_bytes=tiled(self._sizes), buffer_readers=tiled(np.bincount(read, minlength=len(self.names))),
+            buffer_kept=tiled(self._kept).astype(np.bool_),
+            buffer_source=tiled(self._sources, n), buffer_fast=tiled(self._fast).astype(np.bool_),
             message_sender=_ints(sender), message_receiver=_ints(receiver), message_bytes=_ints(nbytes),
             message_latency=np.array(latency, np.float64), message_limit=np.array(limit, np.float64),
             message_route=_ints(route), route_at=route_at, route_resources=route_resources,
@@ -258,37 +286,45 @@ class Compiler:
             limit=_ints([self.cluster.device(self.places[rank]).memory_bytes for rank in ranks]), slots=slots,
         )  # fmt: skip
 
-    def _add_streams(self, schedule: Schedule, base: int) -> None:
-        n = len(schedule.steps)
-        self.rank += [len(self.schedules)] * n
-        self.schedules.append(schedule)
-        self.bases.append(base)
-        for column in (self.kind, self.stream, self.waits, self.flops, self.wire):
-            column += [0] * n
-        self.following += [-1] * n
-        self.seconds += [0.0] * n
-        for indices in schedule.streams.values():
-            number, step = len(self.first), schedule.steps[indices[0]]
-            self.first.append(base + indices[0])
-            self.depth.append(schedule.depth(step.channel) if isinstance(step, Recv) else 0)
-            before = None
-            for i in indices:
-                self.stream[base + i] = number
-                if before is not None:
-                    self.following[base + before] = base + i
-                    self.waits[base + i] = 1
-                before = i
+    def _in_order(self) -> tuple[Array, Array, Array]:
+        """Of steps the next one of their stream or -1; of streams the first step; of steps: does one come before."""
+        stream = _ints(self.stream)
+        order = np.argsort(stream, kind="stable")
+        same = stream[order[1:]] == stream[order[:-1]]
+        following, waits = np.full(stream.size, -1), np.zeros(stream.size, np.int64)
+        following[order[:-1][same]] = order[1:][same]
+        waits[order[1:][same]] = 1
+        return following, order[np.append(True, ~same)[: order.size]], waits
 
-    def _send(self, step: int, rank: int, to: int, channel: str, nbytes: int) -> None:
-        if (rank, to) not in self._ends:
-            self._ends[rank, to] = self.symmetry.seen_from(to, rank), self.symmetry.representative(to)
-        key = (*self._ends[rank, to], channel)
-        self._sent[key].append((step, nbytes))
+    def _successors(self, waits: Array) -> tuple[Array, Array]:
+        """(maker, reader) of values, each pair once; adds to what the readers wait for."""
+        maker, reader = _ints(self._makers), _ints(self._readers)
+        pairs = np.unique((maker * len(self.rank) + reader)[maker >= 0])
+        makers, readers = np.divmod(pairs, max(1, len(self.rank)))
+        np.add.at(waits, readers, 1)
+        return makers, readers
+
+    def _reads(self) -> tuple[Array, Array]:
+        """(step, buffer), each pair once, in the order of the reads."""
+        reader, read = _ints(self._readers), _ints(self._read)
+        _, kept = np.unique(reader * max(1, len(self.names)) + read, return_index=True)
+        kept.sort()
+        return reader[kept], read[kept]
+
+    def _allocate(self, name: str, nbytes: int, source: int, fast: bool) -> int:
+        """A new buffer. source: the receive that fills it, or -1."""
+        self.names.append(name)
+        self._sizes.append(nbytes)
+        self._kept.append(False)
+        self._sources.append(source)
+        self._fast.append(fast)
+        return len(self.names) - 1
+
+    def _sent_to(self, rank: int, to: int, channel: str) -> list[End]:
+        """What a rank sends to another on a channel, as the rank that stands for the receiver sees it."""
+        key = (self.symmetry.seen_from(to, rank), self.symmetry.representative(to), channel)
         self._destination[key] = to
-        self.wire[step] += nbytes
-
-    def _receive(self, step: int, rank: int, source: int, channel: str, nbytes: int) -> None:
-        self._received[source, rank, channel].append((step, nbytes))
+        return self._sent[key]
 
     def _match(self) -> list[Message]:
         """The n-th message from one rank to another on a channel meets the n-th receive."""

@@ -20,15 +20,22 @@ def kernel_cost(device: Device, kernel: Kernel, inputs: Sequence[TensorSpec]) ->
 
 
 class KernelCosts:
-    """(seconds, flops) of kernels on a device; equal work is looked up in the device's curves once.
+    """(seconds, flops) of kernels on a device; equal kernels for equal inputs are costed once.
 
     A module takes as long as its operators, one after the other.
     """
 
     def __init__(self, device: Device) -> None:
         self._seconds = lru_cache(maxsize=None)(device.seconds)
+        self._known: dict[tuple, tuple[float, int]] = {}
 
     def __call__(self, kernel: Kernel, inputs: Sequence[TensorSpec]) -> tuple[float, int]:
+        key = kernel, *inputs
+        if key not in self._known:
+            self._known[key] = self._cost(kernel, inputs)
+        return self._known[key]
+
+    def _cost(self, kernel: Kernel, inputs: Sequence[TensorSpec]) -> tuple[float, int]:
         if isinstance(kernel, Module):
             works = [(o.operator, o.work.flops, o.work.nbytes, o.dtype) for o in kernel.operators]
             return sum(self._seconds(*work) for work in works), sum(work[1] for work in works)  # type: ignore[arg-type]

@@ -16,4 +16,7 @@ def no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         if was_on:
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()  # all that was made now counts as old: nobody looks through it at once
             gc.enable()

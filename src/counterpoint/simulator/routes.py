@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,26 +13,42 @@ from counterpoint.simulator.program import Array
 
 DEVICE = "device"  # what schedules call the tier that kernels work in
 
-Passes = tuple[tuple[Hashable, float], ...]  # the resources of a route, with their capacities in bytes/s
+Passes = tuple[int, ...]  # the resources of a route, by number
 
 
 class Asymmetric(Exception):
     """The cluster does not look the same to ranks whose schedules are alike."""
 
 
+@dataclass(slots=True)
+class Ways:
+    """What has been found on a cluster, to be shared: routes, and resources with their capacities in bytes/s."""
+
+    routes: dict[tuple[int, int], tuple[Route, Passes]] = field(default_factory=dict)
+    numbers: dict[Hashable, int] = field(default_factory=dict)
+    capacities: list[float] = field(default_factory=list)
+
+    def number(self, resource: Hashable, capacity: float) -> int:
+        if resource not in self.numbers:
+            self.numbers[resource] = len(self.capacities)
+            self.capacities.append(capacity)
+        return self.numbers[resource]
+
+
 class Routes:
     """Routes by number, each found once; one per pair of ranks, and one per rank, tier and direction of copies.
 
     places: the cluster's rank for every rank of the schedules. A route between ranks that stand for others has an
-    instance for each of them. ways: routes found so far, to be shared. Raises Asymmetric when instances differ.
+    instance for each of them. Raises Asymmetric when instances differ.
     """
 
     def __init__(
-        self, cluster: Cluster, places: Sequence[int], symmetry: Symmetry, ways: dict | None = None
+        self, cluster: Cluster, places: Sequence[int], symmetry: Symmetry, ways: Ways | None = None
     ) -> None:
         self.cluster, self.places, self.symmetry = cluster, places, symmetry
-        self._ways: dict[tuple[int, int], tuple[Route, Passes]] = {} if ways is None else ways
+        self._ways = ways or Ways()
         self._instances: list[list[Passes]] = []
+        self._arrays: tuple[int, tuple[Array, Array, Array, Array]] | None = None  # of how many routes
         self._pairs: dict[tuple[int, int], tuple] = {}
         self._copies: dict[tuple[int, str, str], int] = {}
         self._costs: dict[tuple[int, int, int], tuple[int, float, float]] = {}
@@ -67,11 +83,11 @@ class Routes:
         return self._pairs[ends]
 
     def _way(self, source: int, destination: int) -> tuple[Route, Passes]:
-        ends = (source, destination)
-        if ends not in self._ways:
+        ends, ways = (source, destination), self._ways
+        if ends not in ways.routes:
             route = self.cluster.route(self.places[source], self.places[destination])
-            self._ways[ends] = route, tuple((r, r.bytes_per_second) for r in route.resources)
-        return self._ways[ends]
+            ways.routes[ends] = route, tuple([ways.number(r, r.bytes_per_second) for r in route.resources])
+        return ways.routes[ends]
 
     def copy(self, rank: int, source: str, target: str, nbytes: int) -> tuple[int, float, float]:
         """The same for a copy between memory tiers; copies of one rank in one direction share that way."""
@@ -80,7 +96,7 @@ class Routes:
         tier = device.memory[0] if outer == DEVICE else device.tier(outer)
         key = (rank, source, target)
         if key not in self._copies:
-            self._copies[key] = self._add([((key, tier.attained.maximum),)])
+            self._copies[key] = self._add([(self._ways.number(key, tier.attained.maximum),)])
         moved = nbytes if source != target else 2 * nbytes  # within a tier every byte is read and written
         limit = tier.attained.at(moved) * nbytes / moved if moved else tier.attained.maximum
         return self._copies[key], device.launch_seconds, limit
@@ -95,25 +111,29 @@ class Routes:
         Resources of one capacity that the same routes pass equally often are one constraint, and become one. The
         weight of a route is how many of its instances pass such a resource.
         """
-        uses: dict[Hashable, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-        capacities: dict[Hashable, float] = {}
+        if self._arrays and self._arrays[0] == len(self._instances):
+            return self._arrays[1]
+        capacities = self._ways.capacities
+        uses: dict[int, dict[int, int]] = {}
         for number, instances in enumerate(self._instances):
             for passes in instances:
-                for resource, capacity in passes:
-                    uses[resource][number] += 1
-                    capacities[resource] = capacity
+                for resource in passes:
+                    routes = uses.setdefault(resource, {})
+                    routes[number] = routes.get(number, 0) + 1
         kinds: dict[tuple, int] = {}
-        kind_of: dict[Hashable, int] = {}
+        kind_of: dict[int, int] = {}
         for resource, routes in uses.items():
             kind_of[resource] = kinds.setdefault((capacities[resource], tuple(routes.items())), len(kinds))
         counts = [dict(routes) for _, routes in kinds]
         at, resources, weights = [0], [], []
         for number, instances in enumerate(self._instances):
-            passed = [sorted({kind_of[resource] for resource, _ in passes}) for passes in instances]
+            passed = [sorted({kind_of[resource] for resource in passes}) for passes in instances]
             if any(p != passed[0] for p in passed):
                 raise Asymmetric
             resources += passed[0]
             weights += [float(counts[kind][number]) for kind in passed[0]]
             at.append(len(resources))
         capacity = np.array([capacity for capacity, _ in kinds], np.float64)
-        return np.array(at, np.int64), np.array(resources, np.int64), np.array(weights, np.float64), capacity
+        made = np.array(at, np.int64), np.array(resources, np.int64), np.array(weights, np.float64), capacity
+        self._arrays = len(self._instances), made
+        return made

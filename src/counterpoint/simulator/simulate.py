@@ -56,8 +56,7 @@ def simulate(
     program = compiler.finish(collectives)
     state = run(program)
     _check(compiler, program, state)
-    shown = _shown(compiler, state)
-    timeline = Timeline("simulated", _spans(compiler, state, shown), _memory(compiler, state, shown))
+    timeline = Timeline("simulated", pending=Prediction(compiler, state))
     timeline.meta = {"cluster": cluster.name, "ranks": symmetry.world_size, "schedule": schedules[0].name}
     if symmetry.folded:
         simulated = [symmetry.turned(s.rank, turn) for turn in compiler.turns for s in schedules]
@@ -139,45 +138,66 @@ def _readable(nbytes: int) -> str:
     return f"{nbytes / 1e9:.4g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.4g} MB"
 
 
-def _shown(compiler: Compiler, state: State) -> list[int]:
-    """The copies of the schedules that the timeline shows: the first one, and the one that finishes last."""
-    last = np.nan_to_num(state.stop).reshape(len(compiler.turns), -1).max(axis=1, initial=0.0)
-    return sorted({0, int(last.argmax())})
+class Prediction:
+    """What a program did. Of copies of the schedules the first one is shown, and the one that finishes last."""
 
+    def __init__(self, compiler: Compiler, state: State) -> None:
+        self.compiler, self.state = compiler, state
+        starts, stops = (column.reshape(len(compiler.turns), -1) for column in (state.start, state.stop))
+        self.shown = sorted({0, int(stops.max(axis=1, initial=0.0).argmax())})
+        self.start = float(starts[self.shown].min(initial=0.0 if not starts.size else np.inf))
+        self.stop = float(stops[self.shown].max(initial=0.0))
 
-def _spans(compiler: Compiler, state: State, shown: Sequence[int]) -> list[Span]:
-    starts, stops = state.start.tolist(), state.stop.tolist()
-    flops, wire, spans = compiler.flops, compiler.wire, []
-    for copy in shown:
-        turn = compiler.turns[copy]
-        there = partial(compiler.symmetry.turned, turn=turn)
-        first = number = copy * len(flops)
-        for schedule in compiler.schedules:
-            rank = compiler.symmetry.turned(schedule.rank, turn)
-            for index, step in enumerate(schedule.steps):
-                kind: Kind
-                peer, links = None, ()
-                if copy:
-                    step = _turned(step, there)
-                if isinstance(step, Compute):
-                    kind = "compute"
-                elif isinstance(step, Send):
-                    kind, peer = "send", step.to
-                elif isinstance(step, Recv):
-                    kind, peer = "recv", step.source
-                elif isinstance(step, Collective):
-                    kind = "collective"
-                    links = tuple((to, schedule.nbytes(names)) for to, names in step.sends)
-                else:
-                    kind = "copy"
-                span = Span(
-                    rank, step.stream, kind, span_name(step), starts[number], stops[number], peer,
-                    wire[number - first], flops[number - first], links, schedule.phase(index),
-                )  # fmt: skip
-                spans.append(span)
-                number += 1
-    spans.sort(key=lambda s: (s.start, s.rank))
-    return spans
+    @no_garbage_collection()
+    def spans(self) -> list[Span]:
+        compiler, state = self.compiler, self.state
+        starts, stops = state.start.tolist(), state.stop.tolist()
+        flops, wire, spans = compiler.flops, compiler.wire, []
+        for copy in self.shown:
+            turn = compiler.turns[copy]
+            there = partial(compiler.symmetry.turned, turn=turn)
+            first = number = copy * len(flops)
+            for schedule in compiler.schedules:
+                rank = compiler.symmetry.turned(schedule.rank, turn)
+                for index, step in enumerate(schedule.steps):
+                    kind: Kind
+                    peer, links = None, ()
+                    if copy:
+                        step = _turned(step, there)
+                    if isinstance(step, Compute):
+                        kind = "compute"
+                    elif isinstance(step, Send):
+                        kind, peer = "send", step.to
+                    elif isinstance(step, Recv):
+                        kind, peer = "recv", step.source
+                    elif isinstance(step, Collective):
+                        kind = "collective"
+                        links = tuple((to, schedule.nbytes(names)) for to, names in step.sends)
+                    else:
+                        kind = "copy"
+                    span = Span(
+                        rank, step.stream, kind, span_name(step), starts[number], stops[number], peer,
+                        wire[number - first], flops[number - first], links, schedule.phase(index),
+                    )  # fmt: skip
+                    spans.append(span)
+                    number += 1
+        order = np.lexsort(([s.rank for s in spans], [s.start for s in spans]))
+        return [spans[i] for i in order.tolist()]
+
+    @no_garbage_collection()
+    def memory(self) -> list[MemoryEvent]:
+        from counterpoint.simulator.engine import EVENTS
+
+        compiler, state = self.compiler, self.state
+        n, count = int(state.counts[EVENTS]), len(compiler.schedules)
+        ours = np.flatnonzero(np.isin(state.event_rank[:n] // count, self.shown))
+        index = state.event_rank[ours]
+        number = {i: compiler.place(i)[1] for i in np.unique(index).tolist()}
+        ranks = np.array([number[i] for i in index.tolist()], np.int64)
+        times, live = state.event_time[ours], state.event_live[ours]
+        order = np.lexsort((ranks, times))
+        columns = (ranks[order].tolist(), times[order].tolist(), live[order].tolist())
+        return [MemoryEvent(*row) for row in zip(*columns, strict=True)]
 
 
 def _turned(step: Step, there: Callable[[int], int]) -> Step:
@@ -190,17 +210,3 @@ def _turned(step: Step, there: Callable[[int], int]) -> Step:
         sends = tuple((there(to), names) for to, names in step.sends)
         return replace(step, sends=sends, recvs=tuple((there(source), made) for source, made in step.recvs))
     return step
-
-
-def _memory(compiler: Compiler, state: State, shown: Sequence[int]) -> list[MemoryEvent]:
-    from counterpoint.simulator.engine import EVENTS
-
-    n, count = int(state.counts[EVENTS]), len(compiler.schedules)
-    ours = np.flatnonzero(np.isin(state.event_rank[:n] // count, shown))
-    index = state.event_rank[ours]
-    number = {i: compiler.place(i)[1] for i in np.unique(index).tolist()}
-    ranks = np.array([number[i] for i in index.tolist()], np.int64)
-    times, live = state.event_time[ours], state.event_live[ours]
-    order = np.lexsort((ranks, times))
-    columns = (ranks[order].tolist(), times[order].tolist(), live[order].tolist())
-    return [MemoryEvent(*row) for row in zip(*columns, strict=True)]

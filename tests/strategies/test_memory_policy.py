@@ -12,6 +12,7 @@ policies = st.one_of(
     st.sampled_from([LayerPolicy("keep"), LayerPolicy("recompute")]),
     st.builds(lambda n: LayerPolicy("stream", chunks=n), st.integers(1, 100)),
     st.builds(lambda r: LayerPolicy("offload", ratio=r / 100), st.integers(0, 100)),
+    st.just(LayerPolicy("offload", ratio=None)),
 )
 
 
@@ -24,6 +25,12 @@ def test_text_reads_back(layers):
 def test_repeats():
     assert parse_layers("keep*2,stream(8) * 3") == (LayerPolicy(),) * 2 + (LayerPolicy("stream", 8),) * 3
     assert parse_layers(["recompute*2", LayerPolicy()]) == (LayerPolicy("recompute"),) * 2 + (LayerPolicy(),)
+
+
+def test_a_ratio_that_is_left_open_has_to_be_found_first():
+    assert parse_layers("offload, offload(auto) * 2") == (LayerPolicy("offload", ratio=None),) * 3
+    with pytest.raises(ValueError, match=r"offload has no ratio yet; give one, as in offload\(0.5\)"):
+        _ = LayerPolicy("offload", ratio=None).share
 
 
 @pytest.mark.parametrize(

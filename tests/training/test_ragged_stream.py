@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from counterpoint.planner.batch_solvers.bytescale import bytescale
 from counterpoint.training.config import load_config
 from counterpoint.training.corpus import open_corpus
 from counterpoint.training.data import PackedStream
+from counterpoint.training.model import model_config
 from counterpoint.training.ragged.lengths import check_batching, read_lengths
+from counterpoint.training.ragged.planning import batch_cost
 from counterpoint.training.ragged.stream import BatchSize, RaggedStream
 from counterpoint.training.tokenizer import ByteTokenizer
 from training.runs import write_corpus
@@ -117,7 +120,31 @@ def test_lengths_that_cannot_be_trained_on(tmp_path: Path, text: str, said: str)
         f"batching.lengths={file}",
     ]
     with pytest.raises(ValueError, match=said):
-        check_batching(load_config(None, overrides))
+        check_batching(load_config(None, overrides), model_config("demo"))
+
+
+def test_a_sequence_that_needs_offloading_is_let_through_and_a_longer_one_is_not(tmp_path: Path):
+    """bytescale moves activations to host memory where the cluster has one; what then fits is what the check says."""
+    file = tmp_path / "lengths.txt"
+    overrides = [
+        "batching=bytescale", "batching.cluster=dgx-a100", "parallel.data=4", "batching.tokens_per_rank=200",
+        "data.sequence_length=4000", f"batching.lengths={file}",
+    ]  # fmt: skip
+    shape = model_config("demo")
+    cost = batch_cost(load_config(None, overrides), shape, 4)
+    most = 4 * cost.capacity_with(cost.most_offload)
+    assert most > 900
+    file.write_text(f"5\n{most}\n")
+    check_batching(load_config(None, overrides), shape)
+    assert bytescale([5, most], cost).lengths == (5, most)
+    file.write_text(f"5\n{most + 1}\n")
+    said = (
+        rf"line 2: a sequence of {most + 1:,} tokens, but 4 processes can hold {most:,} tokens .*offloading"
+    )
+    with pytest.raises(ValueError, match=said):
+        check_batching(load_config(None, overrides), shape)
+    with pytest.raises(ValueError, match=r"can hold 800 tokens \(200 each\)"):
+        check_batching(load_config(None, [*overrides, "batching.solver=flexsp"]), shape)
 
 
 @pytest.mark.parametrize(

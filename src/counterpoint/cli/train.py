@@ -48,12 +48,14 @@ def train(
     if worker is not None:
         if nproc is not None:
             raise ValueError("--nproc starts workers, but torchrun has started them; leave it out")
-        _finish(worker, settings.with_world_size(worker.world_size))
+        settings = settle(settings.with_world_size(worker.world_size), say=worker.rank == 0)
+        _finish(worker, settings)
         return
     data = 1 if settings.parallel.data == "auto" else settings.parallel.data
     world_size = nproc or data * settings.parallel.sequence_size
     settings = settings.with_world_size(world_size)
     check(settings)
+    settings = settle(settings)
     if world_size == 1:
         _finish(None, settings)
         return
@@ -74,11 +76,26 @@ def check(settings) -> None:
     shape = model_config(settings.model)
     check_attention(settings, shape)
     check_memory(settings, shape, _device() if "offload" in " ".join(settings.memory.layers) else None)
-    check_batching(settings)
+    check_batching(settings, shape)
     if settings.batching.ragged:
         from counterpoint.training.ragged.planning import batch_cost
 
         batch_cost(settings, shape, settings.processes.sequence_size).group((0,))
+
+
+def settle(settings, say: bool = True):
+    """The settings with the ratio that is left open in memory.layers, which is said in a line."""
+    if "offload" not in settings.memory.layers:
+        return settings
+    from counterpoint.training.model import check_memory, model_config
+    from counterpoint.training.offload import settle_offload
+
+    shape = model_config(settings.model)
+    check_memory(settings, shape, _device())
+    settings, line = settle_offload(settings, shape, os.environ)
+    if say:
+        typer.echo(line)
+    return settings
 
 
 def _device() -> str:

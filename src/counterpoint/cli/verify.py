@@ -26,7 +26,7 @@ def verify(
 
         counterpoint verify --set parallel.sequence=4 --set data.sequence_length=4096
     """
-    from counterpoint.cli.train import check
+    from counterpoint.cli.train import check, settle
     from counterpoint.training.config import load_config
     from counterpoint.training.launch import worker_from
 
@@ -37,6 +37,7 @@ def verify(
 
         raise typer.Exit(run(settings.with_world_size(worker.world_size), worker))
     check(settings)
+    settings = settle(settings)
     raise typer.Exit(0 if prove(settings) else 1)
 
 

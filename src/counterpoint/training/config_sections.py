@@ -23,11 +23,17 @@ class MemoryConfig(Section):
     layers: Annotated[tuple[str, ...], BeforeValidator(_layer_policies)] = Field(
         ("keep",),
         min_length=1,
-        description="keep, recompute, stream(CHUNKS) or offload(RATIO): one for all layers, or a list with one each",
+        description="keep, recompute, stream(CHUNKS), offload (as much as computing hides) or offload(RATIO): "
+        "one for all layers, or a list with one each",
     )
     mlp_tiles: int = Field(1, ge=1, description="pieces of the sequence that an MLP works on one by one")
     head_tokens: int | None = Field(
         1024, ge=1, description="tokens whose logits exist at a time in head and loss; null: all"
+    )
+    cluster: str | None = Field(
+        None,
+        min_length=1,
+        description="preset or file whose figures say how much offload can hide; null: this machine, as calibrated",
     )
 
     @property

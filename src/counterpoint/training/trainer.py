@@ -72,7 +72,7 @@ def train(config: TrainConfig, worker: Worker | None = None) -> int:
         shape = model_config(config.model, tokenizer.vocab_size)
         check_attention(config, shape)
         check_memory(config, shape, processes.device.type)
-        check_batching(config)
+        check_batching(config, shape)
         planner = closing.enter_context(start_planner(config, shape, processes))
         opened = partial(open_batches, config, tokenizer, processes, planner)
         reference = frozen_reference(config, shape, processes)

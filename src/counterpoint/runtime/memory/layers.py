@@ -42,7 +42,7 @@ def layer_runs(
                 raise ValueError(
                     f"memory policy {layer} needs a second memory to move to; there is none without a GPU"
                 )
-            before = Offload(layer.ratio, tier, policy.mlp_tiles, before)
+            before = Offload(layer.share, tier, policy.mlp_tiles, before)
             runs.append(before)
         else:
             runs.append(Keep(policy.mlp_tiles) if policy.mlp_tiles > 1 else None)

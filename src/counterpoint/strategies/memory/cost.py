@@ -224,12 +224,12 @@ def saved_bytes(block: Block, policy: LayerPolicy, mlp_tiles: int = 1) -> int:
     whole = total(kept_tensors(block, mlp_tiles))
     if policy.kind == "keep":
         return whole
-    return whole - total(offloaded_tensors(block, policy.ratio, mlp_tiles))
+    return whole - total(offloaded_tensors(block, policy.share, mlp_tiles))
 
 
 def host_bytes(block: Block, policy: LayerPolicy, mlp_tiles: int = 1) -> int:
     """Bytes in host memory between a layer's forward and its backward pass."""
-    return total(offloaded_tensors(block, policy.ratio, mlp_tiles)) if policy.kind == "offload" else 0
+    return total(offloaded_tensors(block, policy.share, mlp_tiles)) if policy.kind == "offload" else 0
 
 
 def chunk_lengths(tokens: int, chunks: int) -> tuple[int, ...]:

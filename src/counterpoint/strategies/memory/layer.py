@@ -77,7 +77,7 @@ class LayerWriter(Operators):
         y = self._layer(x, saved)
         self.saved = saved if kind in ("keep", "offload") else {"x": x}
         if kind == "offload":
-            gone = offloaded_tensors(self.block, self.recipe.policy.ratio, self.recipe.mlp_tiles)
+            gone = offloaded_tensors(self.block, self.recipe.policy.share, self.recipe.mlp_tiles)
             for name in (s.name for s in gone):
                 self._host[name] = self.builder.copy(self.saved.pop(name), "host", "to_host")
         return y

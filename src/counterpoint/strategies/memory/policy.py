@@ -21,12 +21,12 @@ class LayerPolicy:
     keep: all of them. recompute: its input alone, and the layer runs again in the backward pass. stream: its input
     alone, and the backward pass runs the layer again in `chunks` pieces of the sequence, one after the other, with
     keys and values of the whole sequence computed once (StreamBP, arXiv 2506.03077). offload: `ratio` of the kept
-    bytes go to host memory and come back in time (ByteScale, arXiv 2502.21231).
+    bytes go to host memory and come back in time (ByteScale, arXiv 2502.21231); None: as many as computing hides.
     """
 
     kind: Kind = "keep"
     chunks: int = 1
-    ratio: float = 0.0
+    ratio: float | None = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -35,15 +35,22 @@ class LayerPolicy:
             raise ValueError(
                 f"memory policy {self.kind} with {self.chunks} chunks: only stream has chunks, at least 1"
             )
-        if not 0.0 <= self.ratio <= 1.0 or (self.ratio and self.kind != "offload"):
-            raise ValueError(
-                f"memory policy {self.kind} with ratio {self.ratio:g}: only offload has a ratio, from 0 to 1"
-            )
+        if self.kind != "offload" and self.ratio != 0.0:
+            raise ValueError(f"memory policy {self.kind} with ratio {self.ratio}: only offload has one")
+        if self.ratio is not None and not 0.0 <= self.ratio <= 1.0:
+            raise ValueError(f"memory policy offload with ratio {self.ratio:g}: it is from 0 to 1")
+
+    @property
+    def share(self) -> float:
+        """The ratio. Raises ValueError while it is still to be found."""
+        if self.ratio is None:
+            raise ValueError(f"memory policy {self} has no ratio yet; give one, as in offload(0.5)")
+        return self.ratio
 
     def __str__(self) -> str:
         if self.kind == "stream":
             return f"stream({self.chunks})"
-        return f"offload({self.ratio:g})" if self.kind == "offload" else self.kind
+        return self.kind if self.kind != "offload" or self.ratio is None else f"offload({self.ratio:g})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +100,12 @@ def parse_layers(given: str | LayerPolicy | Iterable[str | LayerPolicy]) -> tupl
 
 
 def _parse_entry(text: str) -> list[LayerPolicy]:
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\(\s*([\d.]+)\s*\))?\s*(?:\*\s*([1-9]\d*))?\s*", text)
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\(\s*([\d.]+|auto)\s*\))?\s*(?:\*\s*([1-9]\d*))?\s*", text)
     kind, number, times = match.groups(default="") if match else ("", "", "")
     if kind in ("keep", "recompute") and not number:
         policy = LayerPolicy(kind)  # type: ignore[arg-type]
+    elif kind == "offload" and number in ("", "auto"):
+        policy = LayerPolicy("offload", ratio=None)
     elif kind == "stream" and number:
         if not number.isdecimal() or int(number) < 1:
             raise ValueError(f"memory policy {text.strip()!r}: the number of chunks is a whole number from 1")
@@ -108,7 +117,7 @@ def _parse_entry(text: str) -> list[LayerPolicy]:
             raise ValueError(f"memory policy {text.strip()!r}: the ratio is a number from 0 to 1") from None
     else:
         raise ValueError(
-            f"memory policy {text.strip()!r} is not understood; write keep, recompute, stream(CHUNKS) or "
+            f"memory policy {text.strip()!r} is not understood; write keep, recompute, stream(CHUNKS), offload or "
             "offload(RATIO), with *N behind it for N layers"
         )
     return [policy] * int(times or 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from counterpoint.model.config import ModelConfig
 from counterpoint.training.config import TrainConfig
 
 
@@ -35,16 +36,17 @@ def tokens_per_rank(config: TrainConfig) -> int:
     return config.batching.tokens_per_rank or -(-config.data.sequence_length // config.parallel.sequence_size)
 
 
-def check_batching(config: TrainConfig) -> None:
+def check_batching(config: TrainConfig, shape: ModelConfig) -> None:
     """ValueError when a sequence of the run is longer than allowed, or than its processes can hold.
 
-    The configuration must say how many processes there are (`with_world_size`).
+    With bytescale a process holds what it offloads beside batching.tokens_per_rank. The configuration must say how
+    many processes there are (`with_world_size`).
     """
     batching, parallel, longest = config.batching, config.parallel, config.data.sequence_length
     if not batching.ragged:
         return
     assert parallel.data != "auto"
-    world_size, per_rank = parallel.data * parallel.sequence_size, tokens_per_rank(config)
+    world_size, per_rank, how = parallel.data * parallel.sequence_size, tokens_per_rank(config), "each"
     what = f"a document may have data.sequence_length = {longest:,} tokens"
     if batching.lengths is not None:
         lengths = read_lengths(batching.lengths)
@@ -61,9 +63,16 @@ def check_batching(config: TrainConfig) -> None:
             parallel.sequence_size,
             f"a group of parallel.sequence = {parallel.sequence_size} processes",
         )
+    elif batching.solver == "bytescale" and batching.cluster is not None:
+        from counterpoint.training.ragged.planning import batch_cost
+
+        cost = batch_cost(config, shape, world_size)
+        if cost.most_offload:
+            held, per_rank = per_rank, cost.capacity_with(cost.most_offload)
+            how = f"each, {per_rank - held:,} of them by offloading {cost.most_offload:.0%} of activations"
     if longest > group * per_rank:
         raise ValueError(
-            f"{what}, but {who} can hold {group * per_rank:,} tokens ({per_rank:,} each); shorten it to that, use "
+            f"{what}, but {who} can hold {group * per_rank:,} tokens ({per_rank:,} {how}); shorten it to that, use "
             f"{-(-longest // per_rank)} processes for it, or raise batching.tokens_per_rank to "
             f"{-(-longest // group):,}"
         )

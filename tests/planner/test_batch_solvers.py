@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counterpoint.planner.batch_predict import check_memory, predict
-from counterpoint.planner.batch_solvers.bytescale import BytescaleOptions, bytescale, need
+from counterpoint.planner.batch_solvers.bytescale import (
+    BytescaleOptions,
+    _least_loaded,
+    bytescale,
+    need,
+    nice,
+)
 from counterpoint.planner.batch_solvers.dynamic_cp import dynamic_cp
 from counterpoint.planner.batch_solvers.static import static
 from counterpoint.planner.lengths import DISTRIBUTIONS, find_distribution, read_lengths, shares
@@ -49,6 +55,36 @@ def test_ranks_are_balanced_within_five_percent(name: str) -> None:
     naive = predict(bytescale(lengths, cost, BytescaleOptions(offload=False, balance="none")), cost)
     fixed = predict(static(lengths, cost, context=131072), cost)
     assert found.seconds < naive.seconds < fixed.seconds
+
+
+@settings(max_examples=25, deadline=None)
+@given(LENGTHS, LONG, st.sampled_from(["zero1", "zero3"]), st.sampled_from(["none", "dp", "pp"]))
+def test_offload_is_never_chosen_where_it_is_slower(
+    short: list[int], long: list[int], state: str, balance: str
+) -> None:
+    cost, lengths = small_cost(24, state=state, strategy="ring"), short + long
+    without, free = (bytescale(lengths, cost, BytescaleOptions(o, balance)) for o in (False, True))  # type: ignore[arg-type]
+    assert free.seconds <= without.seconds * (1 + 1e-12)
+    assert all(g.offload == 0 for row in without.micro_batches for g in row.groups)
+
+
+def test_without_offload_a_sequence_may_not_fit() -> None:
+    cost = small_cost(8, state="zero1", strategy="ring")
+    lengths = [8 * 4096 + 1, 10]
+    assert any(g.offload for row in bytescale(lengths, cost).micro_batches for g in row.groups)
+    with pytest.raises(ValueError, match="sequence 0 has 32,769 tokens"):
+        bytescale(lengths, cost, BytescaleOptions(offload=False))
+
+
+@given(st.integers(1, 40), st.integers(1, 4), st.lists(st.floats(0, 9), min_size=40, max_size=40))
+def test_groups_lie_where_the_load_is_least(size: int, nodes: int, loads: list[float]) -> None:
+    cost = small_cost(8 * nodes)
+    given = np.array(loads[: cost.ranks])
+    size = nice(min(size, cost.ranks), cost)
+    start = _least_loaded(given, size, cost)
+    starts = [s for s in range(cost.ranks - size + 1) if (s % 8 + size <= 8 if size <= 8 else s % 8 == 0)]
+    assert start in starts
+    assert given[start : start + size].max() == min(given[s : s + size].max() for s in starts)
 
 
 def test_offload_takes_what_computing_hides() -> None:

@@ -137,6 +137,7 @@ def test_the_same_schedules_give_the_same_timeline_compiled_or_not(
     first, again = simulate(schedules, cluster), simulate(schedules, cluster)
     assert (first.spans, first.memory) == (again.spans, again.memory)
     pytest.importorskip("numba")
+    monkeypatch.setattr(engine, "WORTH_LOADING", 0)
     monkeypatch.setattr(engine, "WORTH_COMPILING", 0)
     compiled = simulate(schedules, cluster)
     assert (first.spans, first.memory) == (compiled.spans, compiled.memory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from counterpoint.cluster.cluster import Cluster
+from counterpoint.cluster.cluster import Cluster, Level
 from counterpoint.cluster.curves import Curve
 from counterpoint.cluster.presets import find_cluster
 from counterpoint.model.config import ModelConfig
@@ -27,13 +27,8 @@ def with_ports(cluster: Cluster, bytes_per_second: float, memory_bytes: int) -> 
         if level.level == "node":
             levels.append(level)
             continue
-        factor = bytes_per_second / level.bytes_per_second
-        attained = level.attained and Curve.of((size, rate * factor) for size, rate in level.attained.points)
-        levels.append(
-            replace(
-                level, bytes_per_second=bytes_per_second, attained=attained, receive_bytes_per_second=None
-            )
-        )
+        scaled = _scaled(level, bytes_per_second / level.bytes_per_second)
+        levels.append(replace(scaled, receive_bytes_per_second=None))
     devices = {
         name: replace(d, memory=(replace(d.memory[0], size_bytes=memory_bytes), *d.memory[1:]))
         for name, d in cluster.devices.items()
@@ -48,11 +43,24 @@ def flexsp_cost(gigabytes_per_second: float = 12.5) -> BatchCost:
     return BatchCost(seven_billion(64, 64), with_ports(place, gigabytes_per_second * 1e9, 40 * 10**9), 64)
 
 
-@lru_cache(maxsize=1)
-def bytescale_cost() -> BatchCost:
-    """1,024 H100, 8K tokens a rank, ring attention with 8 key/value heads, ZeRO-1."""
-    return BatchCost(
-        seven_billion(32, 8), find_cluster("dgx-h100-pod"), 1024, "ring", "zero1", tokens_per_rank=8192
+@lru_cache(maxsize=4)
+def bytescale_cost(network: float = 1.0) -> BatchCost:
+    """1,024 H100, 8K tokens a rank, ring attention with 8 key/value heads, ZeRO-1; network: rates of the preset's
+    ports, all scaled by this."""
+    place = find_cluster("dgx-h100-pod")
+    levels = tuple(level if level.level == "node" else _scaled(level, network) for level in place.levels)
+    place = replace(place, levels=levels)
+    return BatchCost(seven_billion(32, 8), place, 1024, "ring", "zero1", tokens_per_rank=8192)
+
+
+def _scaled(level: Level, factor: float) -> Level:
+    """A level with all its rates times `factor`."""
+    received = level.receive_bytes_per_second
+    return replace(
+        level,
+        bytes_per_second=factor * level.bytes_per_second,
+        attained=level.attained and Curve.of((size, factor * rate) for size, rate in level.attained.points),
+        receive_bytes_per_second=received and factor * received,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,9 +20,14 @@ TOKENS, LONGEST = 32_000_000, 2 * 1024 * 1024
 NOTE = (
     "GPU and network of the published runs are hidden: here 1,024 H100 with 50 GB/s ports, 8K tokens a rank, 7B with 8 "
     "key/value heads, one synthetic batch of 32M tokens with the stated tail, ring attention, the remote loader left "
-    "out; MegaScale's static mesh is context parallelism of context / 8K. Offload puts a sequence on fewer ranks for "
-    "longer: placed naively that leaves gaps, and it pays only with balance"
+    "out; MegaScale's static mesh is context parallelism of context / 8K. Naive plans give ranks equal tokens. The "
+    "published static step is set by messages to 97.6 %, this one's share of them is two lines below"
 )
+OFFLOAD = (
+    "offload puts a sequence on fewer ranks, with fewer messages; here these hide behind computing without it, so it "
+    "saves nothing, and the solver leaves it out where it does"
+)
+SLOWER = "the same with network ports of 12.5 GB/s, where messages set most of the static step, as published"
 TAIL = (
     "attention is quadratic: in the synthetic batch computing itself grows by the factor of the line below, so no plan "
     "can grow less; the published data must have less of it near 2M"
@@ -35,24 +41,27 @@ STEPS = {
 
 
 @lru_cache(maxsize=32)
-def plan(step: str, name: str, longest: int = LONGEST) -> BatchPlan:
-    cost, lengths = bytescale_cost(), of_tokens(name, TOKENS, longest)
+def plan(step: str, name: str, longest: int = LONGEST, network: float = 1.0) -> BatchPlan:
+    """network: rates between nodes, of those of the preset."""
+    cost, lengths = bytescale_cost(network), of_tokens(name, TOKENS, longest)
     options = STEPS[step]
     return static(lengths, cost, context=longest) if options is None else bytescale(lengths, cost, options)
 
 
-def speed_up(step: str, name: str) -> float:
-    return plan("static", name).seconds / plan(step, name).seconds
+def speed_up(step: str, name: str, network: float = 1.0) -> float:
+    fixed, other = (plan(s, name, network=network) for s in ("static", step))
+    return fixed.seconds / other.seconds
+
+
+def message_share(network: float = 1.0) -> float:
+    """Share of messages in the static step, byted-like."""
+    found = predict(plan("static", "byted-like", network=network), bytescale_cost(network))
+    return found.communication / found.seconds
 
 
 def least_step(name: str) -> float:
-    """The least gain from static to dynamic communication, and from either naive plan to the balanced one."""
-    pairs = [
-        ("static", "dynamic communication"),
-        ("dynamic communication", "+ balance"),
-        ("+ offload", "+ balance"),
-    ]
-    return min(plan(before, name).seconds / plan(after, name).seconds for before, after in pairs)
+    """The least gain from one step of the ablation to the next."""
+    return min(plan(before, name).seconds / plan(after, name).seconds for before, after in pairwise(STEPS))
 
 
 def work_per_doubling() -> float:
@@ -115,13 +124,24 @@ def checks() -> list[Check]:
     published = {"dynamic communication": 1.59, "+ offload": 2.01, "+ balance": 3.69}
     found = [
         Check(f"byted-like, 2M: {step}, over static", value, "x", "ablation", "simulated", None,
-              lambda bench, step=step: speed_up(step, "byted-like"), NOTE)
+              lambda bench, step=step: speed_up(step, "byted-like"), OFFLOAD if step == "+ offload" else NOTE)
         for step, value in published.items()
     ]  # fmt: skip
     found += [
-        Check("byted-like: static, naive and balanced rank in this order: least ratio", 1.0, "x", "ablation",
-              "simulated", Tolerance(side="at least"),
-              lambda bench: least_step("byted-like")),
+        Check("byted-like, 2M: share of messages in the static step", 0.976, "", "ablation", "simulated", None,
+              lambda bench: message_share(), NOTE),
+        *(
+            Check(f"byted-like: ports of 12.5 GB/s, {step}, over static", published[step], "x", "ablation", "simulated",
+                  None, lambda bench, step=step: speed_up(step, "byted-like", 0.25), SLOWER)
+            for step in published
+        ),
+        Check("byted-like: ports of 12.5 GB/s, share of messages in the static step", 0.976, "", "ablation",
+              "simulated", None, lambda bench: message_share(0.25), SLOWER),
+        *(
+            Check(f"{name}: no step of the ablation is slower than the one before: least gain", 1.0, "x", "ablation",
+                  "simulated", Tolerance(side="at least"), lambda bench, name=name: least_step(name))
+            for name in ("byted-like", "github-like")
+        ),
         Check("github-like, 2M: balanced over static, claimed up to", 7.89, "x", "end-to-end figure", "simulated", None,
               lambda bench: speed_up("+ balance", "github-like"), NOTE),
     ]  # fmt: skip

@@ -6,13 +6,14 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 
 @lru_cache(maxsize=1)
 def accelerated() -> Callable[..., None] | None:
     """The event loop as machine code, kept on disk for later processes; None without numba.
 
-    Compiling takes some twenty seconds, the first time.
+    Compiling takes some twenty seconds, the first time; see `compiled_before`.
     """
     try:
         from numba import njit
@@ -36,3 +37,9 @@ def accelerated() -> Callable[..., None] | None:
         loop(program, state, flows, events, width)
 
     return njit(cache=True, error_model="numpy", _nrt=False)(run)  # type: ignore[call-overload]
+
+
+def compiled_before(fast: Callable[..., None]) -> bool:
+    """Whether an earlier process has left machine code on disk."""
+    folder = Path(fast._cache.cache_path)  # type: ignore[attr-defined]
+    return any(folder.glob("accelerate.*.nbi"))

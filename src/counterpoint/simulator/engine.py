@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from counterpoint.simulator.accelerate import accelerated
+from counterpoint.simulator.accelerate import accelerated, compiled_before
 from counterpoint.simulator.events import (
     FLOW_ENDS,
     FLOW_STARTS,
@@ -27,7 +27,8 @@ from counterpoint.simulator.events import (
 from counterpoint.simulator.network import Flows, end_flow, make_flows, rebalance, start_flow
 from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, SEND, TIMED, Array, Program
 
-WORTH_COMPILING = 10_000  # steps; loading compiled code takes longer than interpreting fewer
+# Steps that take as long to interpret (20 to 100 us each) as compiled code takes to load, and as compiling takes.
+WORTH_LOADING, WORTH_COMPILING = 10_000, 300_000
 TOGETHER = 1e-13  # relative difference below which two events happen at the same moment
 
 # Entries of State.counts.
@@ -78,8 +79,9 @@ def run(program: Program) -> State:
         p.meeting_members.copy(), np.zeros(records, np.int64), np.zeros(records), np.zeros(records, np.int64),
         np.array([0, 0, 0, 0, -1, -1]),
     )  # fmt: skip
-    worth = steps >= WORTH_COMPILING or accelerated.cache_info().currsize  # loaded already
-    if worth and (fast := accelerated()):
+    worth = steps >= WORTH_LOADING or accelerated.cache_info().currsize  # loaded already
+    fast = accelerated() if worth else None
+    if fast and (steps >= WORTH_COMPILING or compiled_before(fast)):
         fast(p, state, flows, events, width)
         return state
     # Element by element, lists are several times faster than arrays.

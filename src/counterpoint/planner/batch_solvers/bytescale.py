@@ -7,7 +7,7 @@ turn. Balanced (algorithm 2) evens out the time of ranks, which then run differe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -19,10 +19,10 @@ from counterpoint.planner.batch_cost import BatchCost
 from counterpoint.planner.batch_predict import check_fits
 from counterpoint.planner.batch_solvers.static import finish
 
-# Levels up to which ranks are filled, in mean times of a rank, and whether groups are powers of two, which leave no
-# gaps beside each other. WIDER: how far a sequence may be spread to stay below the level.
-LEVELS = ((1.04, False), (1.15, False), (1.04, True), (1.15, True))
-WIDER = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
+LEVELS = (1.02, 1.04, 1.06, 1.1, 1.15, 1.2, 1.35)  # up to which ranks are filled, in mean times of a rank
+PIECES = (1, 2, 4, 8)  # of a mean rank's time: what one sequence may take without balance
+GOOD = 1.04  # nothing better is looked for
+WIDER = 1.1  # steps in which a sequence is spread further to stay below the level
 Balance = Literal["none", "dp", "pp"]
 
 
@@ -47,35 +47,60 @@ class Need:
 def bytescale(lengths: Sequence[int], cost: BatchCost, options: BytescaleOptions | None = None) -> BatchPlan:
     """The plan. Raises ValueError when a sequence does not fit all ranks together."""
     options = options or BytescaleOptions()
+    can_offload = options.offload and cost.most_offload > 0
     check_fits(lengths, cost, cost.most_offload if options.offload else 0.0)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     long = [i for i in order if lengths[i] > cost.capacity]
     short = [i for i in order if lengths[i] <= cost.capacity]
-    needs = [need(i, lengths[i], cost, options.offload) for i in long]
-    mean = float(cost.group((0,)).compute(lengths).sum()) / cost.ranks
-    if options.balance == "none":
-        needs = _widened(needs, lengths, cost, mean)
-        return finish(lengths, cost, rows(_naive(needs, short, lengths, cost)), "bytescale")
-    best, best_time = None, np.inf
-    for level, powers in LEVELS if needs else LEVELS[:1]:
-        work, times = _balanced(needs, short, lengths, cost, options, level * mean, powers)
-        made = finish(lengths, cost, rows(work), "bytescale") if cost.synchronous else work
-        took = made.seconds if isinstance(made, BatchPlan) else float(times.max())
-        if took < best_time:
-            best, best_time = made, took
-        if not cost.synchronous and times.max() <= level * mean:
-            break
+    ways = [False, True] if can_offload and long else [False]
+    if lengths[order[0]] > cost.ranks * cost.capacity:
+        ways = [True]
+    plans = []
+    for offload in ways:
+        needs = [need(i, lengths[i], cost, offload) for i in long]
+        if options.balance == "none":
+            for pieces in PIECES:
+                work = _naive(_widened(needs, pieces, lengths, cost), short, lengths, cost)
+                plans.append(finish(lengths, cost, rows(work), "bytescale"))
+        else:
+            plans += _levelled(needs, short, lengths, cost, options.balance)
+    return min(plans, key=lambda plan: plan.seconds)
+
+
+def _levelled(
+    needs: list[Need], short: list[int], lengths: Sequence[int], cost: BatchCost, balance: Balance
+) -> list[BatchPlan]:
+    """Balanced plans: for levels up to the lowest one that ranks can keep, by bisection."""
+    mean, plans = _mean_seconds(needs, short, lengths, cost), []
+    best, best_time, best_level = None, np.inf, LEVELS[-1]
+
+    def fill(level: float, powers: bool) -> float:
+        """The time of the last rank, in mean times."""
+        nonlocal best, best_time, best_level
+        work, times = _balanced(needs, short, lengths, cost, balance, level * mean, powers)
+        if cost.synchronous:  # waiting for others in every micro-batch is not in these times
+            plans.append(finish(lengths, cost, rows(work), "bytescale"))
+        if times.max() < best_time:
+            best, best_time, best_level = work, float(times.max()), level
+        return float(times.max()) / mean
+
+    low, high = 0, len(LEVELS)
+    while low < high and best_time > GOOD * mean:
+        middle = (low + high) // 2
+        kept = fill(LEVELS[middle], False) <= LEVELS[middle]
+        low, high = (low, middle) if kept else (middle + 1, high)
+    if best_time > GOOD * mean:
+        fill(best_level, True)
     assert best is not None
-    return best if isinstance(best, BatchPlan) else finish(lengths, cost, rows(best), "bytescale")
+    return plans or [finish(lengths, cost, rows(best), "bytescale")]
 
 
-def _widened(needs: list[Need], lengths: Sequence[int], cost: BatchCost, mean: float) -> list[Need]:
-    """Sequences on more ranks than memory asks for, where one would take longer than the mean rank (s)."""
-    lone = cost.group((0,)).compute([lengths[n.sequence] for n in needs]).tolist()
-    return [
-        _on(n, nice(min(cost.ranks, max(n.ranks, ceil(seconds / mean))), cost), lengths, cost)
-        for n, seconds in zip(needs, lone, strict=True)
-    ]
+def _mean_seconds(needs: list[Need], short: list[int], lengths: Sequence[int], cost: BatchCost) -> float:
+    """What a rank takes when all take the same and no sequence more ranks than it must (s)."""
+    total = float(cost.group((0,)).compute([lengths[i] for i in short]).sum())
+    for n in needs:
+        total += n.ranks * sum(cost.group(range(n.ranks)).seconds([lengths[n.sequence]]))
+    return total / cost.ranks
 
 
 def _on(n: Need, size: int, lengths: Sequence[int], cost: BatchCost) -> Need:
@@ -102,17 +127,33 @@ def need(sequence: int, length: int, cost: BatchCost, offload: bool) -> Need:
 
 
 def nice(ranks: int, cost: BatchCost) -> int:
-    """Any number of ranks inside a node; beyond it, whole nodes."""
+    """Any number of ranks inside a node; beyond it, whole nodes, in steps of at most an eighth."""
     node = cost.cluster.sizes[0]
-    return ranks if ranks <= node else min(cost.ranks, ceil(ranks / node) * node)
+    if ranks <= node:
+        return ranks
+    nodes = ceil(ranks / node)
+    step = 1 << max(0, nodes.bit_length() - 4)
+    return min(cost.ranks, ceil(nodes / step) * step * node)
 
 
-def _size(ranks: int, cost: BatchCost, powers: bool) -> int:
-    return min(cost.ranks, 1 << (ranks - 1).bit_length()) if powers else nice(ranks, cost)
+def _sizes(ranks: int, cost: BatchCost, powers: bool) -> Iterator[int]:
+    """From these on, what a sequence may be spread over."""
+    size, node = min(ranks, cost.ranks), cost.cluster.sizes[0]
+    while True:
+        size = nice(size, cost)
+        if powers and size < node:
+            size = min(node, cost.ranks, 1 << (size - 1).bit_length())
+        yield size
+        if size == cost.ranks:
+            return
+        size = max(size + 1, int(size * WIDER))
 
 
 def _naive(needs: list[Need], short: list[int], lengths: Sequence[int], cost: BatchCost) -> list[Group]:
-    """Algorithm 1: long sequences and best-fit packs of short ones take the next free ranks in turn."""
+    """Algorithm 1: long sequences and best-fit packs of short ones, each on the ranks with the fewest tokens so far.
+
+    Equal numbers of tokens hide unequal attention.
+    """
     packs: list[list[int]] = []
     room: list[int] = []
     for i in short:
@@ -125,17 +166,26 @@ def _naive(needs: list[Need], short: list[int], lengths: Sequence[int], cost: Ba
             room.append(cost.capacity)
         packs[p].append(i)
         room[p] -= lengths[i]
-    work, first = [], 0
-    wanted = [(n.ranks, (n.sequence,), n.offload) for n in needs] + [
-        (1, tuple(sorted(p)), 0.0) for p in packs
-    ]
+    work, tokens = [], np.zeros(cost.ranks)
+    wanted = [(n.ranks, (n.sequence,), n.offload) for n in needs]
+    wanted += [(1, tuple(sorted(p)), 0.0) for p in packs]
     for size, sequences, offload in wanted:
-        start = _aligned(first, size, cost)
-        if start + size > cost.ranks:
-            start = 0
+        start = _least_loaded(tokens, size, cost)
         work.append(Group(tuple(range(start, start + size)), sequences, offload))
-        first = (start + size) % cost.ranks
+        there = slice(start, start + size)
+        tokens[there] = tokens[there].max() + sum(lengths[i] for i in sequences) / size
     return work
+
+
+def _widened(needs: list[Need], pieces: int, lengths: Sequence[int], cost: BatchCost) -> list[Need]:
+    """Sequences on more ranks than memory asks for, where one would take longer than the mean rank over `pieces`."""
+    one = cost.group((0,))
+    most = float(one.compute(lengths).sum()) / cost.ranks / pieces
+    lone = one.compute([lengths[n.sequence] for n in needs]).tolist()
+    return [
+        _on(n, nice(min(cost.ranks, max(n.ranks, ceil(seconds / most))), cost), lengths, cost)
+        for n, seconds in zip(needs, lone, strict=True)
+    ]
 
 
 def _balanced(
@@ -143,14 +193,14 @@ def _balanced(
     short: list[int],
     lengths: Sequence[int],
     cost: BatchCost,
-    options: BytescaleOptions,
+    balance: Balance,
     level: float,
     powers: bool,
 ) -> tuple[list[Group], np.ndarray]:
     """Algorithm 2: the longest first, always to the ranks with the least accumulated time, which comes with it.
 
-    level: time (s) that no rank should exceed; a sequence is spread over as few ranks as keep it below (powers: over
-    powers of two of them).
+    level: time (s) that no rank should exceed; a sequence is spread over as few ranks as keep it below. powers:
+    groups inside a node are powers of two, which leave no gaps beside each other.
     """
     one, times, work = cost.group((0,)), np.zeros(cost.ranks), []
     lone = one.compute([lengths[n.sequence] for n in needs]) + sum(one.fixed)
@@ -162,16 +212,7 @@ def _balanced(
             work.append(Group((rank,), (n.sequence,), n.offload))
             times[rank] += seconds
             continue
-        ranks, until = (0,), np.inf
-        for size in dict.fromkeys(_size(min(cost.ranks, ceil(n.ranks * w)), cost, powers) for w in WIDER):
-            start = _least_loaded(times, size, cost)
-            there = tuple(range(start, start + size))
-            end = float(times[start : start + size].max())
-            end += sum(cost.group(there).seconds([lengths[n.sequence]]))
-            if end < until:
-                ranks, until = there, end
-            if end <= level:
-                break
+        ranks, until = _spread(n, seconds, times, lengths, cost, level, powers)
         work.append(Group(ranks, (n.sequence,), _on(n, len(ranks), lengths, cost).offload))
         times[ranks[0] : ranks[-1] + 1] = until
     alone = one.compute([lengths[i] for i in short])
@@ -182,9 +223,39 @@ def _balanced(
         mine[rank].append(i)
         times[rank] += seconds
     for rank, sequences in enumerate(mine):
-        for pack in _micro_batches(sequences, lengths, cost, options.balance):
+        for pack in _micro_batches(sequences, lengths, cost, balance):
             work.append(Group((rank,), tuple(sorted(pack))))
     return work, times
+
+
+def _spread(
+    n: Need,
+    lone: float,
+    times: np.ndarray,
+    lengths: Sequence[int],
+    cost: BatchCost,
+    level: float,
+    powers: bool,
+) -> tuple[tuple[int, ...], float]:
+    """The fewest ranks that end a sequence below the level, or those that end it soonest, and when.
+
+    lone: seconds on one rank, so that `size` ranks take at least lone / size.
+    """
+
+    def end(start: int, size: int) -> float:
+        there = range(start, start + size)
+        took = sum(cost.group(there).seconds([lengths[n.sequence]]))
+        return float(times[start : start + size].max()) + took
+
+    late = []
+    for size in _sizes(max(n.ranks, ceil(lone / level)), cost, powers):
+        start = _least_loaded(times, size, cost)
+        soonest = float(times[start : start + size].max()) + lone / size
+        if soonest <= level and (until := end(start, size)) <= level:
+            return tuple(range(start, start + size)), until
+        late.append((soonest, start, size))
+    until, start, size = min((end(start, size), start, size) for _, start, size in sorted(late)[:3])
+    return tuple(range(start, start + size)), until
 
 
 def _micro_batches(
@@ -219,25 +290,34 @@ def _micro_batches(
     return []
 
 
-def _aligned(first: int, size: int, cost: BatchCost) -> int:
-    """The next start from `first` on at which a group lies inside a node, or at a node's begin."""
-    node = cost.cluster.sizes[0]
-    if size <= node:
-        return first if first % node + size <= node else ceil(first / node) * node
-    return ceil(first / node) * node
+def _least_loaded(loads: np.ndarray, size: int, cost: BatchCost) -> int:
+    """Where the most loaded of `size` neighbouring ranks has the least; the first such place.
 
-
-def _least_loaded(times: np.ndarray, size: int, cost: BatchCost) -> int:
-    """Where a group of neighbouring ranks can start the earliest; the first such place."""
+    Groups lie inside a node, or begin with one.
+    """
     if size == 1:
-        return int(times.argmin())
-    node, last = cost.cluster.sizes[0], cost.ranks - size
-    starts = np.arange(last + 1)
-    starts = starts[starts % node + size <= node] if size <= node else starts[starts % node == 0]
-    if not len(starts):
-        starts = np.array([0])
-    windows = np.lib.stride_tricks.sliding_window_view(times, size).max(axis=1)
-    return int(starts[windows[starts].argmin()])
+        return int(loads.argmin())
+    if size == len(loads):
+        return 0
+    node = cost.cluster.sizes[0]
+    if len(loads) % node:
+        loads = np.append(loads, [np.inf] * (-len(loads) % node))
+    nodes = loads.reshape(-1, node)
+    if size > node:
+        return node * int(_window_max(nodes.max(axis=1), size // node).argmin())
+    inside = _window_max(nodes, size)
+    place, offset = divmod(int(inside.argmin()), inside.shape[1])
+    return place * node + offset
+
+
+def _window_max(x: np.ndarray, width: int) -> np.ndarray:
+    """The largest of every `width` neighbours along the last axis."""
+    have = 1
+    while have < width:
+        step = min(have, width - have)
+        x = np.maximum(x[..., : x.shape[-1] - step], x[..., step:])
+        have += step
+    return x
 
 
 def rows(work: Sequence[Group]) -> list[MicroBatch]:

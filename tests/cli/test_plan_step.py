@@ -30,7 +30,12 @@ def test_figures_add_up() -> None:
     [
         (("--cluster", "nowhere"), "no cluster 'nowhere'"),
         (("--cluster", "a10x4-pcie", "--set", "parallel.sequence=8"), "needs 8 ranks"),
-        (("--cluster", "dgx-h100", "--set", "memory.layers=recompute"), "keep only"),
+        (
+            ("--cluster", "dgx-h100", "--set", "memory.layers=stream(4)"),
+            "no schedule for memory policy stream",
+        ),
+        (("--cluster", "edge-lan", "--set", "memory.layers=offload"), "name no host memory"),
+        (("--set", "memory.layers=offload(0.5)"), "name one with --cluster"),
     ],
 )
 def test_mistakes_are_said_in_a_line(arguments: tuple[str, ...], said: str) -> None:

@@ -13,12 +13,15 @@ from counterpoint.kernels.module import Module
 from counterpoint.model.config import ModelConfig
 from counterpoint.planner.step import phase_seconds, predict_step
 from counterpoint.schedule.check import check
-from counterpoint.schedule.schedule import Compute
+from counterpoint.schedule.schedule import Collective, Compute
 from counterpoint.schedule.store import from_json, to_json
 from counterpoint.schedule.timeline import Span, Timeline
+from counterpoint.strategies.memory.policy import MemoryPolicy, parse_layers
 from counterpoint.strategies.sequence.attention import backward_schedule, forward_schedule, parse_choices
+from counterpoint.strategies.sequence.linear import parse_linear
 from counterpoint.strategies.step import PHASES, TrainStep, shard_parameters, step_schedule
 from counterpoint.training.model import model_config
+from support.hybrids import hybrids
 
 
 def small(**changes) -> ModelConfig:
@@ -50,7 +53,8 @@ def test_schedules_are_legal_and_name_their_phases(strategy, data, sequences, ov
     check(schedules)
     alone = s.world_size == 1
     for schedule in schedules:
-        assert set(schedule.phases) == set(PHASES) - ({"gather", "reduce"} if alone else set())
+        other = {"layout", "layout backward", "offload"}
+        assert set(schedule.phases) == set(PHASES) - other - ({"gather", "reduce"} if alone else set())
     assert from_json(to_json(schedules[0])) == schedules[0]
 
 
@@ -125,6 +129,91 @@ def test_layers_of_two_kinds_are_counted_each(monkeypatch) -> None:
     monkeypatch.setattr("counterpoint.planner.step.SHOWN_LAYERS", 100)
     whole = predict_step(s, find_cluster("dgx-h100"))
     assert counted.seconds == pytest.approx(whole.seconds, rel=0.02)
+
+
+policies = st.sampled_from(["keep", "recompute", "offload(0.3)", "offload(1)"])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    hybrids("lflf"), st.sampled_from([("tokenring", (3,)), ("ulysses", (2,)), ("ring", (1,)), ("ring/ring", (2, 2))]),
+    st.sampled_from(["zigzag", "contiguous"]), st.sampled_from(["states", "states_chain"]),
+    st.lists(policies, min_size=4, max_size=4), st.sampled_from([1, 2]), st.booleans(),
+)  # fmt: skip
+def test_schedules_of_mixed_layers_under_any_policy_are_legal(
+    model, strategy, layout, linear, layers, tiles, overlapped
+) -> None:
+    name, mesh = strategy
+    if layout == "contiguous" and name == "tokenring":
+        layout = "zigzag"
+    memory = MemoryPolicy(parse_layers(layers), tiles)
+    s = step(
+        name,
+        mesh,
+        model=model,
+        layout=layout,
+        linear=parse_linear(linear),
+        memory=memory,
+        overlapped=overlapped,
+    )
+    schedules = [step_schedule(s, rank) for rank in range(s.world_size)]
+    check(schedules)
+    moved = layout == "zigzag" and s.sequence_size > 1
+    for rank, schedule in enumerate(schedules):
+        assert ("layout" in schedule.phases) == ("layout backward" in schedule.phases) == moved
+        assert ("offload" in schedule.phases) == any(layer.startswith("offload") for layer in layers)
+        linear_layers = {i for i in model.layers if model.is_linear(i)}
+        assert linear_layers == {0, 2}
+        place = rank % s.sequence_size
+        forward, backward = (
+            sum(s.states().schedule(way, place).sent_bytes().values()) for way in ("forward", "backward")
+        )
+        recomputed = sum(layers[i] == "recompute" for i in linear_layers)
+        states = sum(
+            schedule.nbytes(names)
+            for one, phase in zip(schedule.steps, schedule.phases, strict=True)
+            if phase.startswith("attention")
+            and isinstance(one, Collective)
+            and one.channel.endswith("states")
+            for _, names in one.sends
+        )
+        if linear == "states":
+            assert states == 2 * (forward + backward) + recomputed * forward
+
+
+def test_policies_trade_time_for_memory() -> None:
+    """As in plan memory: recomputing takes a forward pass and holds less; what is hidden costs little."""
+    model = replace(model_config("smollm2-135m"), num_hidden_layers=6)
+    s = step("ring", (2,), tokens=16384, dtype="bfloat16", model=model, overlapped=True)
+    cluster = find_cluster("dgx-a100")
+    keep, again, some, all_ = (
+        predict_step(replace(s, memory=MemoryPolicy(parse_layers(text))), cluster)
+        for text in ("keep", "recompute", "offload(0.1)", "offload(1)")
+    )
+    assert again.seconds > 1.1 * keep.seconds and again.peak_bytes < 0.6 * keep.peak_bytes
+    assert some.seconds < 1.04 * keep.seconds < all_.seconds
+    assert all_.peak_bytes < some.peak_bytes < keep.peak_bytes
+    assert again.phases["attention forward"] > 1.8 * keep.phases["attention forward"]
+    with pytest.raises(ValueError, match="no schedule for memory policy stream"):
+        replace(s, memory=MemoryPolicy(parse_layers("stream(4)")))
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_mixed_layers_are_counted_with_their_changes_of_layout(layout: str, monkeypatch) -> None:
+    kinds = (["linear_attention"] * 3 + ["full_attention"]) * 4
+    model = small(
+        model_type="counterpoint_hybrid", num_hidden_layers=16, layer_types=kinds, hidden_size=256,
+        linear_conv_kernel_dim=4,
+    )  # fmt: skip
+    memory = MemoryPolicy(parse_layers(["recompute*8", "keep*8"]))
+    s = step("allgather", (4,), tokens=8192, dtype="bfloat16", model=model, layout=layout, memory=memory)
+    counted = predict_step(s, find_cluster("dgx-h100"))
+    monkeypatch.setattr("counterpoint.planner.step.SHOWN_LAYERS", 100)
+    whole = predict_step(s, find_cluster("dgx-h100"))
+    assert whole.whole and not counted.whole
+    assert counted.seconds == pytest.approx(whole.seconds, rel=0.02)
+    assert counted.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.05)
+    assert ("layout" in whole.phases) == (layout == "zigzag")
 
 
 def test_memory_that_does_not_suffice_is_said() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from counterpoint.schedule.timeline import Timeline
+from counterpoint.strategies.step import PHASES
 from counterpoint.training.export import load_pretrained
 from counterpoint.training.trained import load_trained
 from counterpoint.training.trainer import train
@@ -26,7 +28,7 @@ SETTINGS = (HYBRID, "training.steps=10", "optimizer.schedule=constant")
 def alone(tmp_path_factory) -> Path:
     torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("hybrid") / "alone"
-    assert train(small_config(directory, *SETTINGS, "parallel.data=1")) == 0
+    assert train(small_config(directory, *SETTINGS, "parallel.data=1", "metrics.timeline_steps=[2]")) == 0
     return directory
 
 
@@ -39,6 +41,14 @@ def test_losses_do_not_depend_on_processes_and_survive_a_change_of_layout(alone:
     assert metrics(directory) == pytest.approx(metrics(alone)[:6], rel=2e-5)
     assert train(small_config(directory, *SETTINGS, "parallel.data=1")) == 0
     assert metrics(directory) == pytest.approx(metrics(alone), rel=2e-5)
+
+
+def test_a_recorded_step_has_the_phases_of_a_predicted_one(alone: Path) -> None:
+    timeline = Timeline.read(alone / "timelines" / "step-00000002.json")
+    phases = {span.phase for span in timeline.spans}
+    assert (
+        phases <= set(PHASES) and {"qkv", "attention forward", "attention backward", "mlp backward"} <= phases
+    )
 
 
 def test_it_learns(alone: Path) -> None:

@@ -10,12 +10,12 @@ from counterpoint.cluster.presets import find_cluster
 from counterpoint.planner.memory import Question, offload_ratio
 from counterpoint.training.config import load_config
 from counterpoint.training.model import model_config
-from counterpoint.training.offload import settle_offload
+from counterpoint.training.offload import figures, settle_offload
 
 
 def settled(*overrides: str, cluster: str = "dgx-a100"):
     config = load_config(None, ["model=smollm2-135m", f"memory.cluster={cluster}", *overrides])
-    return settle_offload(config, model_config(config.model), {})
+    return settle_offload(config, model_config(config.model), lambda: figures(config, {}))
 
 
 def test_the_ratio_is_what_a_layer_hides() -> None:
@@ -38,7 +38,7 @@ def test_only_what_is_open_changes() -> None:
     assert [p.kind for p in found] == ["keep"] * 10 + ["offload"] * 15 + ["recompute"] * 5
     assert found[24].share == 0.25 and found[10].share not in (0.0, 0.25) and line
     explicit = load_config(None, ["memory.layers=offload(0.25)"])
-    assert settle_offload(explicit, model_config("demo"), {}) == (explicit, "")
+    assert settle_offload(explicit, model_config("demo"), pytest.fail) == (explicit, "")
 
 
 def test_what_is_not_known_is_asked_for(tmp_path) -> None:
@@ -48,7 +48,7 @@ def test_what_is_not_known_is_asked_for(tmp_path) -> None:
         settled("memory.layers=offload", cluster="edge-lan")
     config = load_config(None, ["memory.layers=offload(auto)"])
     with pytest.raises(ValueError, match="has not been measured; run counterpoint calibrate"):
-        settle_offload(config, model_config("demo"), {"XDG_CACHE_HOME": str(tmp_path)})
+        figures(config, {"XDG_CACHE_HOME": str(tmp_path)})
 
 
 def test_without_a_gpu_training_does_not_start(tmp_path, monkeypatch) -> None:

@@ -88,11 +88,11 @@ def settle(settings, say: bool = True):
     if "offload" not in settings.memory.layers:
         return settings
     from counterpoint.training.model import check_memory, model_config
-    from counterpoint.training.offload import settle_offload
+    from counterpoint.training.offload import figures, settle_offload
 
     shape = model_config(settings.model)
     check_memory(settings, shape, _device())
-    settings, line = settle_offload(settings, shape, os.environ)
+    settings, line = settle_offload(settings, shape, lambda: figures(settings, os.environ))
     if say:
         typer.echo(line)
     return settings

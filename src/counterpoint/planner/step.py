@@ -6,22 +6,24 @@ simulated and the others counted by what one more of them adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from counterpoint.cluster.cluster import Cluster
-from counterpoint.model.config import ModelConfig
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.simulator.cost import Costs, KernelCosts
 from counterpoint.simulator.fold import fold
 from counterpoint.simulator.simulate import simulate
+from counterpoint.strategies.memory.policy import LayerPolicy
 from counterpoint.strategies.step import TrainStep, step_schedule
 
 SHOWN_LAYERS = 8  # models up to this depth are simulated as they are
 FEW = 3  # layers of each kind that are simulated of deeper ones
 SHOWN_SEQUENCES = 2
+LINEAR = "linear_attention"
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,12 @@ def predict_step(
     done, simulations in all). Raises ValueError when the cluster has too few ranks, lacks a rate for the dtype, or a
     rank's memory does not hold what the step needs.
     """
-    shown, layers = _fewer_layers(step)
+    shown, variations = _fewer_layers(step)
     counts = [min(step.sequences, SHOWN_SEQUENCES)]
     if step.sequences > SHOWN_SEQUENCES:
         counts.append(SHOWN_SEQUENCES + 1)
     variants = [
-        [replace(v, sequences=n) for v in (shown, *(v for v, _ in layers))] for n in counts
+        [replace(v, sequences=n) for v in (shown, *(one.step for one in variations))] for n in counts
     ]  # by sequences, then by layers
     found: list[list[_Figures]] = []
     timeline, total = Timeline(), len(counts) * len(variants[0])
@@ -99,7 +101,7 @@ def predict_step(
             made = _simulate(variant, cluster, costs)
             found[-1].append(_Figures.of(made))
             timeline = timeline if timeline.spans else made
-    deep = [_deepened(row, [times for _, times in layers]) for row in found]
+    deep = [_deepened(row, variations) for row in found]
     whole = deep[0]
     if len(deep) > 1:
         whole = whole.plus(deep[1], deep[0], step.sequences - SHOWN_SEQUENCES)
@@ -130,10 +132,10 @@ def phase_seconds(timeline: Timeline) -> dict[str, float]:
     ranks = timeline.ranks
     for rank in ranks:
         spans = [s for s in timeline.spans if s.rank == rank and s.phase]
-        computing = sorted(
-            (s for s in spans if s.kind in ("compute", "copy")), key=lambda s: (s.start, s.stop)
+        computing = sorted((s for s in spans if s.kind == "compute"), key=lambda s: (s.start, s.stop))
+        arrivals = sorted(
+            (s.stop, s.start, s.phase) for s in spans if s.kind in ("recv", "collective", "copy")
         )
-        arrivals = sorted((s.stop, s.start, s.phase) for s in spans if s.kind in ("recv", "collective"))
         now, at = min((s.start for s in spans), default=0.0), 0
         for s in computing:
             if s.stop <= now:
@@ -184,39 +186,73 @@ class _Figures:
         )
 
 
-def _deepened(row: Sequence[_Figures], times: Sequence[int]) -> _Figures:
-    """Figures of a shallow model, with so many times what one layer more of each kind adds."""
+@dataclass(frozen=True, slots=True)
+class _Variation:
+    """A step with one layer more of a kind, or one change of layout more, and how many of that are missing."""
+
+    step: TrainStep
+    times: int
+    peak: bool = True  # whether it tells how the peak grows
+
+
+def _deepened(row: Sequence[_Figures], variations: Sequence[_Variation]) -> _Figures:
+    """Figures of a shallow model, with so many times what each variation adds."""
     deep = row[0]
-    for figures, n in zip(row[1:], times, strict=True):
-        deep = deep.plus(figures, row[0], n)
+    for figures, one in zip(row[1:], variations, strict=True):
+        peak = figures.peak_bytes if one.peak else row[0].peak_bytes
+        deep = deep.plus(replace(figures, peak_bytes=peak), row[0], one.times)
     return deep
 
 
-def _fewer_layers(step: TrainStep) -> tuple[TrainStep, list[tuple[TrainStep, int]]]:
-    """A step shallow enough to simulate, and steps with a layer more of a kind and how many of it are missing."""
+_Kind = tuple[str, LayerPolicy]  # type of a layer ("": all are alike) and its policy
+
+
+def _fewer_layers(step: TrainStep) -> tuple[TrainStep, list[_Variation]]:
+    """A step shallow enough to simulate, and what is missing of it."""
     model = step.model
-    kinds: dict[int | None, list[int]] = {}
-    for layer in model.layers:
-        kinds.setdefault(model.window(layer), []).append(layer)
     if model.num_hidden_layers <= SHOWN_LAYERS:
         return step, []
-    counts = {kind: min(FEW, len(layers)) for kind, layers in kinds.items()}
-    missing = {k: len(layers) - counts[k] for k, layers in kinds.items() if len(layers) > counts[k]}
-    longer = [({**counts, kind: counts[kind] + 1}, times) for kind, times in missing.items()]
-    more = [(replace(step, model=_with_layers(model, c)), times) for c, times in longer]
-    return replace(step, model=_with_layers(model, counts)), more
+    kinds: dict[_Kind, int] = {}
+    for i in model.layers:
+        kind = (
+            model.layer_types[i] if model.layer_types else "",
+            step.memory.layer(i, model.num_hidden_layers),
+        )
+        kinds[kind] = kinds.get(kind, 0) + 1
+    counts = {kind: min(FEW, n) for kind, n in kinds.items()}
+    shown = _ordered(counts)
+    if len(shown) == model.num_hidden_layers:
+        return step, []
+    more = [
+        _Variation(_with_layers(step, _ordered({**counts, kind: counts[kind] + 1})), n - counts[kind])
+        for kind, n in kinds.items()
+        if n > counts[kind]
+    ]
+    moves = _changes([model.is_linear(i) for i in model.layers])
+    if moves > 1 and step.sequence_size > 1:
+        # the first layer goes to the other end, or the last one, whichever leaves others of its kind behind
+        turned = shown[1:] + shown[:1] if shown[0][0] == shown[1][0] else shown[-1:] + shown[:-1]
+        more.append(_Variation(_with_layers(step, turned), moves - 1, peak=False))
+    return _with_layers(step, shown), more
 
 
-def _with_layers(model: ModelConfig, counts: dict[int | None, int]) -> ModelConfig:
-    total = sum(counts.values())
-    if total == model.num_hidden_layers:
-        return model
-    if not model.layer_types:
-        return replace(model, num_hidden_layers=total)
-    kinds: list[str] = []
-    for window, count in counts.items():
-        kinds += ["full_attention" if window is None else "sliding_attention"] * count
-    return replace(model, num_hidden_layers=total, layer_types=tuple(kinds))
+def _ordered(counts: Mapping[_Kind, int]) -> list[_Kind]:
+    """Linear layers first, so that hidden states change their layout once."""
+    layers = [kind for kind, n in counts.items() for _ in range(n)]
+    return sorted(layers, key=lambda kind: kind[0] != LINEAR)
+
+
+def _changes(linear: Sequence[bool]) -> int:
+    return sum(a != b for a, b in pairwise(linear))
+
+
+def _with_layers(step: TrainStep, layers: Sequence[_Kind]) -> TrainStep:
+    if len(layers) == step.model.num_hidden_layers:
+        return step
+    types = tuple(kind for kind, _ in layers) if step.model.layer_types else ()
+    model = replace(step.model, num_hidden_layers=len(layers), layer_types=types)
+    memory = replace(step.memory, layers=tuple(policy for _, policy in layers))
+    return replace(step, model=model, memory=memory)
 
 
 def _simulate(step: TrainStep, cluster: Cluster, costs: Costs) -> Timeline:

@@ -4,7 +4,7 @@ machine's own figures are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from counterpoint.cluster.cluster import Cluster
 from counterpoint.cluster.presets import find_cluster
@@ -15,19 +15,18 @@ from counterpoint.training.config import TrainConfig
 
 
 def settle_offload(
-    config: TrainConfig, shape: ModelConfig, environ: Mapping[str, str]
+    config: TrainConfig, shape: ModelConfig, described: Callable[[], Cluster]
 ) -> tuple[TrainConfig, str]:
     """The configuration with a ratio wherever memory.layers says offload without one, and a line about it, if any.
 
     The ratio is ByteScale's, min(1, T B / A): what T seconds of a layer's forward pass copy of its A kept bytes at
-    B bytes/s, for a sequence as long as the run's. Processes that share it have their part of all three.
-
-    Raises ValueError when the description of the devices has no host memory, or this machine has not been measured.
+    B bytes/s, for a sequence as long as the run's. Processes that share it have their part of all three. described:
+    gives the devices, when they are asked for. Raises ValueError when these have no host memory.
     """
     layers = config.memory.policy.layers
     if all(layer.ratio is not None for layer in layers):
         return config, ""
-    cluster = figures(config, environ)
+    cluster = described()
     if not any(tier.name == "host" for tier in cluster.device(0).memory):
         raise ValueError(
             f"memory.layers = offload: devices of cluster {cluster.name} name no host memory; name one with "
@@ -48,7 +47,10 @@ def settle_offload(
 
 
 def figures(config: TrainConfig, environ: Mapping[str, str]) -> Cluster:
-    """The cluster that the configuration names, or this machine as `counterpoint calibrate` has measured it."""
+    """The cluster that memory.cluster names, or this machine as `counterpoint calibrate` has measured it.
+
+    environ: the environment, which says where measurements are kept. Raises ValueError when there are none.
+    """
     if config.memory.cluster is not None:
         return find_cluster(config.memory.cluster)
     from counterpoint.calibration.cache import cache_file, load_cached

@@ -44,7 +44,8 @@ class Phases:
             self.found.append((self.name, self.began, now))
         self.name, self.began = name, now
 
-    def _attend(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def attend(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """Attention, marked."""
         self.mark("attention forward")
         out = function(*inputs)
         self.mark("out")
@@ -61,8 +62,8 @@ class Phases:
         def marked(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             tokens, positions, attend, *rest = inputs
             if callable(attend):
-                return tokens, positions, partial(self._attend, attend), *rest  # type: ignore[arg-type]
-            return tokens, positions, [partial(self._attend, one) for one in attend], *rest
+                return tokens, positions, _Watched(self, attend), *rest
+            return tokens, positions, [_Watched(self, one) for one in attend], *rest
 
         def before(module: nn.Module, name: str, gradient: str = "") -> None:
             def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -114,6 +115,20 @@ class Phases:
             elif name not in ATTENTION:
                 spans.append(Span(rank, "compute", "compute", name, start, stop, phase=name))
         timeline.spans[:] = sorted(spans, key=lambda s: s.start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """How the tokens of a layer meet, marked; a convolution before linear attention belongs to what is before it."""
+
+    phases: Phases
+    mix: Any
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        return self.phases.attend(self.mix, *inputs)
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.mix.convolve(x, weight)
 
 
 def _at_gradient(tensor: Any, call: Callable[[], None]) -> None:

@@ -152,6 +152,7 @@ class LayerWriter(Operators):
     # ---- the layer -----------------------------------------------------------------------------------
     def _layer(self, x: Value, saved: Values) -> Value:
         everything = (0, self.block.tokens)
+        self.builder.phase = "qkv"
         h = saved["h"] = self.norm(x, "x", "input_layernorm", saved)
         q = self._queries(h, everything, saved)
         k, v = self._keys(h, everything, saved)
@@ -180,15 +181,19 @@ class LayerWriter(Operators):
 
     def _close(self, x: Value, out: Value, saved: Values) -> Value:
         """What follows attention: its projection, and the feed-forward, each added to what came in."""
+        self.builder.phase = "out"
         flat = self.one(View((out.spec.shape[2] * out.spec.shape[3],)), out)
         y = self.one(Sum(), x, self.linear("o_proj", flat, saved), name="y")
+        self.builder.phase = "mlp"
         m = saved["m"] = self.norm(y, "y", "post_attention_layernorm", saved)
         return self.one(Sum(), y, self._mlp(m, saved), name="z")
 
     def _project_back(self, dz: Value, out: Value, saved: Values) -> tuple[Value, Value]:
         """(gradient of the residual stream, dout), out being what attention gave."""
+        self.builder.phase = "mlp backward"
         dm = self._mlp_back(dz, saved)
         dy = self.one(Sum(), dz, self.norm_back(dm, "y", "post_attention_layernorm", saved), name="dy")
+        self.builder.phase = "out backward"
         flat = self.one(View((out.spec.shape[2] * out.spec.shape[3],)), out)
         return dy, self.one(
             View(out.spec.shape[2:]), self.linear_back("o_proj", dy, flat, saved), name="dout"
@@ -200,9 +205,11 @@ class LayerWriter(Operators):
         """(gradient of the residual stream, dq, dk, dv); those of attention in float32."""
         out = saved["out"]
         dy, dout = self._project_back(dz, out, saved)
+        self.builder.phase = "attention backward"
         kernel = AttendBackward(self._areas(span), self.scale, has_out=True)
         inputs = (saved["q"], dout, saved["lse"], out, saved["k"], saved["v"])
         dq, dk, dv = self.builder.compute(kernel, *inputs, names=("dq", "dk", "dv"))
+        self.builder.phase = "qkv backward"
         return dy, dq, dk, dv
 
     # ---- attention -----------------------------------------------------------------------------------
@@ -218,6 +225,7 @@ class LayerWriter(Operators):
         return self.mask.areas(Tokens((Run(a, b - a),)), Tokens((Run(low, high - low),)))
 
     def _attend(self, q: Value, k: Value, v: Value, span: tuple[int, int], saved: Values) -> Value:
+        self.builder.phase = "attention forward"
         kernel = Attend(self._areas(span), self.scale)
         out, lse = self.builder.compute(kernel, q, k, v, names=("out", "lse"))
         saved.update(q=q, out=out, lse=lse)

@@ -54,6 +54,7 @@ class LinearLayerWriter(LayerWriter):
         self.problem = LinearProblem(shape, layout, states, states)
 
     def _layer(self, x: Value, saved: Values) -> Value:
+        self.builder.phase = "qkv"
         h = saved["h"] = self.norm(x, "x", "input_layernorm", saved)
         q, k, v = self._projected(h, saved)
         q, k = self._feature(q), self._feature(k)
@@ -65,7 +66,9 @@ class LinearLayerWriter(LayerWriter):
             saved["k"] = given["k"]  # else it lies in what the convolution gave, as v does
         if not self.shape.conv_kernel_dim:
             saved["v"] = given["v"]
+        self.builder.phase = "attention forward"
         out = self._states("forward", given)["out"]
+        self.builder.phase = "out"
         return self._close(x, self._gated(self.norm(out, "o", "o_norm", saved), h, saved), saved)
 
     def _layer_back(self, dy: Value, saved: Values) -> Value:
@@ -81,7 +84,9 @@ class LinearLayerWriter(LayerWriter):
             dout = dnormed
         dout = self.norm_back(dout, "o", "o_norm", saved)
         given = {"dout": dout, **self._mixed(saved)}
+        self.builder.phase = "attention backward"
         made = self._states("backward", given)
+        self.builder.phase = "qkv backward"
         if self.shape.decay in ("scalar", "vector"):
             parts.append(self._decays_back(made["dg"], h, saved))
         parts += self._projected_back(made["dq"], made["dk"], made["dv"], h, saved)

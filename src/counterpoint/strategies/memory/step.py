@@ -72,13 +72,16 @@ class _Writer:
             adapters = adapter_weights(c, rank, int(group)) if rank is not None and group.isdigit() else None
             self.shards.declare(group, specs, adapters)
         outputs: Values = {}
+        b.phase = "reference"
         if self.training.reference:
             outputs["reference"] = self._reference(tokens, labels, cos, sin)
+        b.phase = "embedding"
         x = b.compute(Embed(), tokens, self.shards.weights("embed", tokens)["weight"], names=("x",))[0]
         writers: list[LayerWriter] = []
         for i in c.layers:
             writers.append(write_layer(b, self.step.recipe(i), i, self.shards.weights(f"{i}", x), cos, sin))
             x = writers[-1].forward(x)
+        b.phase = "head"
         dx, tied, outputs["loss"] = self._head(x, labels)
         for i in reversed(c.layers):
             writer = writers.pop()
@@ -87,7 +90,9 @@ class _Writer:
                 writers[-1].prefetch(dx)
             writer.weights = self.shards.weights(f"{i}", dx)
             dx = writer.backward(dx)
+            b.phase = "reduce"
             self.shards.reduce(f"{i}", writer.grads)
+        b.phase = "embedding backward"
         if self.training.rank is None:
             weight = self.shards.weights("embed", dx)["weight"]
             made = b.compute(EmbedBackward(), dx, tokens, weight, names=("dw",))[0]
@@ -96,6 +101,7 @@ class _Writer:
             self.shards.reduce("embed", {"weight": made})
         else:
             outputs["end"] = b.compute(Empty(TensorSpec((0,))), dx, names=("end",))[0]  # dx itself goes
+        b.phase = "optimizer"
         if self.training.update:
             self.shards.update()
         gradients = {f"gradient {name}": v for name, v in self.shards.gradients.items()}

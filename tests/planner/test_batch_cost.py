@@ -14,6 +14,8 @@ from counterpoint.planner.batch_cost import BatchCost
 from counterpoint.planner.batch_linear import linear_passes
 from counterpoint.planner.group_cost import MOVES
 from counterpoint.planner.mixed import LINEAR_VARIANTS
+from counterpoint.strategies.memory.cost import Block, saved_bytes
+from counterpoint.strategies.memory.policy import LayerPolicy
 from support.batches import MODEL, small_cost
 
 
@@ -111,16 +113,23 @@ def test_linear_layers_take_what_their_schedules_take(strategy: str) -> None:
         for load in (0.15, 0.6, 0.95):
             tokens = int(load * cost.capacity)
             passes = linear_passes(HYBRID, cost.dtype, strategy, ranks, tokens, cost.cluster)
-            work = layer_work.layer_operations(
-                HYBRID, tokens, cost.dtype, layer_work.LayerKind("linear_attention")
-            )
-            around = sum(layer_work.seconds(device, work, cost.dtype, backward=b) for b in (False, True))
+            kind = layer_work.LayerKind("linear_attention")
+            around = sum(layer_work.layer_seconds(device, HYBRID, tokens, cost.dtype, kind))
             whole = around + sum(p.compute + p.waiting for p in passes)
             (share,) = (
                 s for s in cost.group(ranks).shares([tokens * len(ranks)]) if s.name == "linear_attention"
             )
             assert share.compute + share.communication == pytest.approx(3 * whole, rel=0.06), (ranks, load)
             assert share.sent_bytes == pytest.approx(3 * sum(p.sent for p in passes))
+
+
+def test_linear_layers_hold_what_they_save() -> None:
+    """More than softmax layers of the same width: convolution, feature maps, decays and gate."""
+    plain, hybrid = (layer_work.activation_bytes(m, "bfloat16", recompute=False) for m in (MODEL, HYBRID))
+    saved = saved_bytes(Block(HYBRID, 1, 8192, "bfloat16", "fused", linear=True), LayerPolicy("keep")) / 8192
+    assert hybrid == pytest.approx((3 * saved + plain) / 4, rel=1e-3) and saved > plain
+    cluster = find_cluster("dgx-a100")
+    assert BatchCost(HYBRID, cluster, 8).capacity < BatchCost(MODEL, cluster, 8).capacity
 
 
 def test_a_ring_beside_linear_layers_pays_for_changes_of_layout() -> None:

@@ -287,8 +287,7 @@ class BatchCost:
 
     def _around(self, kind: LayerKind, tokens: int, device: Device) -> float:
         """Seconds of a layer's products, norms and sums, apart from attention itself."""
-        work = layer_work.layer_operations(self.model, tokens, self.dtype, kind)
-        forward, backward = (layer_work.seconds(device, work, self.dtype, backward=b) for b in (False, True))
+        forward, backward = layer_work.layer_seconds(device, self.model, tokens, self.dtype, kind)
         return (1 + self.recompute) * forward + backward
 
     @cached_property

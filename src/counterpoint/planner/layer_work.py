@@ -1,7 +1,8 @@
 """What the layers of a model cost apart from attention itself, by layer type: matrix products, norms, memory kept.
 
 Everything is per token of one rank with whole weights (data or sequence parallelism). Matrix products are those of
-`model.decoder`; a backward pass does each twice (for the input and for the weight).
+`model.decoder`; a backward pass does each twice (for the input and for the weight). What layers of linear attention do
+and save is read off their schedule (strategies/memory).
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from dataclasses import dataclass
 from counterpoint.cluster.device import Device, WorkClass
 from counterpoint.kernels.kernel import ITEM_BYTES
 from counterpoint.model.config import ModelConfig
+from counterpoint.strategies.memory.cost import Block, saved_tensors
+from counterpoint.strategies.memory.layers import layer_parts
+
+MANY = 4096  # tokens of a sequence over which what it adds once is spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,32 +66,18 @@ def product(tokens: int, inner: int, outer: int, dtype: str, times: int = 1) -> 
     return Operation("matmul", 2.0 * tokens * inner * outer, moved, times)
 
 
-def mixer_width(config: ModelConfig, kind: LayerKind) -> tuple[int, int]:
-    """(elements that a token's q or its output has, those of all its other projections), by kind of layer."""
-    if kind.type == "linear_attention":
-        assert config.linear is not None
-        keys = config.linear.num_heads * config.linear.key_head_dim
-        values = config.linear.num_heads * config.linear.value_head_dim
-        return values, 2 * keys + values * config.linear.output_gate
-    return config.num_attention_heads * config.head_dim, 2 * config.num_key_value_heads * config.head_dim
-
-
-def layer_operations(
-    config: ModelConfig, tokens: int, dtype: str, kind: LayerKind = LayerKind()
-) -> list[Operation]:
-    """The forward pass of a layer without attention: matrix products, and what goes over the hidden state."""
+def layer_operations(config: ModelConfig, tokens: int, dtype: str) -> list[Operation]:
+    """The forward pass of a softmax layer without attention: products, and what goes over the hidden state."""
     h, f, e = config.hidden_size, config.intermediate_size, ITEM_BYTES[dtype]
-    q, rest = mixer_width(config, kind)
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     return [
         product(tokens, h, q, dtype),
-        product(tokens, h, rest // 2, dtype, 2),
+        product(tokens, h, kv, dtype, 2),
         product(tokens, q, h, dtype),
         product(tokens, h, f, dtype, 2),
         product(tokens, f, h, dtype),
         Operation("elementwise", 0.0, 2.0 * e * tokens * h, 2),  # two norms
-        Operation(
-            "elementwise", 0.0, 2.0 * e * tokens * (q + rest / 2)
-        ),  # rotary embedding, or what maps q and k
+        Operation("elementwise", 0.0, 2.0 * e * tokens * (q + kv)),  # rotary embedding
         Operation("elementwise", 0.0, 3.0 * e * tokens * f),  # silu(gate) * up
         Operation("elementwise", 0.0, 3.0 * e * tokens * h, 2),  # two residual sums
     ]
@@ -111,19 +102,42 @@ def seconds(device: Device, operations: list[Operation], dtype: str, *, backward
     return 2 * once if backward else once
 
 
+def layer_seconds(
+    device: Device, config: ModelConfig, tokens: int, dtype: str, kind: LayerKind
+) -> tuple[float, float]:
+    """(forward, backward) seconds of a layer of a kind, without attention."""
+    if kind.type != "linear_attention":
+        work = layer_operations(config, tokens, dtype)
+        return seconds(device, work, dtype, backward=False), seconds(device, work, dtype, backward=True)
+    parts = layer_parts(Block(config, 1, tokens, dtype, "fused"), _linear_layer(config)).values()
+    forward, backward = (
+        sum(
+            device.seconds(o.operator, o.work.flops, o.work.nbytes, o.dtype)
+            for p in parts
+            for o in operators(p)
+        )  # type: ignore[arg-type]
+        for operators in (lambda p: p.forward, lambda p: p.backward)
+    )
+    return forward, backward
+
+
 def activation_bytes(config: ModelConfig, dtype: str, *, recompute: bool) -> float:
     """Bytes of one token kept in one layer for its backward pass, mean over layers.
 
     Kept whole: two layer inputs and two norm outputs (h each), q, k, v, the attention output and its logsumexp,
-    gate, up and their product. Recomputed: the layer's input alone.
+    gate, up and their product; of linear layers all they save. Recomputed: the layer's input alone.
     """
     h, f, e = config.hidden_size, config.intermediate_size, ITEM_BYTES[dtype]
     if recompute:
         return e * h
     total = 0.0
     for kind, count in layer_kinds(config).items():
-        q, rest = mixer_width(config, kind)
-        total += count * (e * (4 * h + 2 * q + rest + 3 * f) + 4 * config.num_attention_heads)
+        if kind.type == "linear_attention":
+            block = Block(config, 1, MANY, dtype, "fused", linear=True)
+            total += count * sum(s.nbytes for s in saved_tensors(block)) / MANY
+            continue
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        total += count * (e * (4 * h + 2 * q + 2 * kv + 3 * f) + 4 * config.num_attention_heads)
     return total / config.num_hidden_layers
 
 
@@ -136,3 +150,7 @@ def layer_parameters(config: ModelConfig) -> float:
     """Trained parameters of one layer, mean."""
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     return (config.parameters() - embeddings) / config.num_hidden_layers
+
+
+def _linear_layer(config: ModelConfig) -> int:
+    return next(layer for layer in config.layers if config.is_linear(layer))

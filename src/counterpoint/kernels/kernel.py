@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -52,13 +52,18 @@ class TensorSpec:
             return self
         shape = list(self.shape)
         shape[dim] = size
-        return TensorSpec(tuple(shape), self.dtype)
+        return _spec(tuple(shape), self.dtype)
 
     def cast(self, dtype: str) -> TensorSpec:
-        return self if dtype == self.dtype else TensorSpec(self.shape, dtype)
+        return self if dtype == self.dtype else _spec(self.shape, dtype)
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
+
+
+_spec = lru_cache(maxsize=4096)(
+    TensorSpec
+)  # long schedules have few types: looking one up is faster than making it
 
 
 @dataclass(frozen=True, slots=True)

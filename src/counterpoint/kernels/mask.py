@@ -142,6 +142,11 @@ def _ends(mask: AttentionMask, tokens: Tokens) -> tuple[tuple[int, tuple[int, ..
 
 @lru_cache(maxsize=65536)
 def _areas(mask: AttentionMask, q: Tokens, k: Tokens) -> tuple[Area, ...]:
+    if mask.causal and mask.window is None and len(mask.starts) == 1 and q and k:
+        if q.ends[0] > k.ends[1]:
+            return (Area(0, q.count, 0, k.count),)
+        if q.ends[1] < k.ends[0]:
+            return ()
     by_document: dict[int, tuple[list[Piece], list[Piece]]] = {}
     for side, tokens in enumerate((q, k)):
         for piece in split_at(tokens, mask.starts):
@@ -156,7 +161,7 @@ def _areas(mask: AttentionMask, q: Tokens, k: Tokens) -> tuple[Area, ...]:
             continue
         found = [a for p in queries for r in keys for a in _block(mask, p, r)]
         areas.extend(_joined(found))
-    return tuple(sorted(areas, key=lambda a: (a.q_start, a.k_start)))
+    return tuple(sorted(areas, key=lambda a: (a.q_start, a.k_start)) if len(areas) > 1 else areas)
 
 
 def _same_ascending(queries: list[Piece], keys: list[Piece]) -> Area | None:
@@ -174,6 +179,11 @@ def _same_ascending(queries: list[Piece], keys: list[Piece]) -> Area | None:
 
 def _block(mask: AttentionMask, p: Piece, r: Piece) -> list[Area]:
     """Areas of one run of queries against one run of keys of the same document."""
+    if mask.causal and mask.window is None:
+        if p.run.start >= r.run.last:
+            return [Area(p.index, p.index + p.run.count, r.index, r.index + r.run.count)]
+        if p.run.last < r.run.start:
+            return []
     steps = {run.step for run in (p.run, r.run) if run.count > 1}
     if len(steps) > 1:  # no common stride: one query, or one key, at a time
         if p.run.count <= r.run.count:
@@ -233,6 +243,8 @@ def _shaped(q: int, k: int, n: int, m: int, lo: int | None, hi: int | None) -> l
 
 def _joined(areas: list[Area]) -> list[Area]:
     """Join full areas that are neighbours along the keys, then along the queries."""
+    if len(areas) < 2:
+        return areas
     full = sorted((a for a in areas if a.full), key=lambda a: (a.q_start, a.q_stop, a.k_start))
     rows: list[Area] = []
     for a in full:

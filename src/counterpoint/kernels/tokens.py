@@ -71,6 +71,12 @@ class Tokens:
     def __bool__(self) -> bool:
         return bool(self.runs)
 
+    @cached_property
+    def _joined(self) -> Tokens:
+        """The same tokens with runs joined that continue each other."""
+        joined = Tokens.of(self.runs)
+        return self if joined == self else joined
+
     def offsets(self) -> Iterator[tuple[int, Run]]:
         """Each run with the local index of its first token."""
         index = 0
@@ -87,6 +93,9 @@ class Tokens:
 
     def pick(self, ranges: Iterable[tuple[int, int]]) -> Tokens:
         """The tokens at local indices `start` to `stop` of every range, in this order."""
+        ranges = tuple(ranges)
+        if ranges == ((0, self.count),):
+            return self._joined
         picked = []
         for start, stop in ranges:
             for index, run in self.offsets():
@@ -128,8 +137,11 @@ def _locate(tokens: Tokens, part: Tokens) -> tuple[tuple[int, int], ...]:
 
 def union(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Sorted, disjoint index ranges covering the same indices."""
+    ranges = sorted(ranges)
+    if len(ranges) == 1 and ranges[0][0] < ranges[0][1]:
+        return (ranges[0],)
     merged: list[tuple[int, int]] = []
-    for a, b in sorted(ranges):
+    for a, b in ranges:
         if a >= b:
             continue
         if merged and a <= merged[-1][1]:
@@ -150,6 +162,8 @@ class Piece:
 
 def split_at(tokens: Tokens, starts: tuple[int, ...]) -> list[Piece]:
     """Cut the runs where a document begins; `starts` are the documents' first positions, the first being 0."""
+    if len(starts) == 1:
+        return [Piece(0, index, run) for index, run in tokens.offsets()]
     pieces = []
     for index, run in tokens.offsets():
         done = 0

@@ -38,16 +38,17 @@ class Builder:
         self, kernel: Kernel, *inputs: Value, names: Sequence[str] | None = None, stream: str = "compute"
     ) -> tuple[Value, ...]:
         """Run a kernel. names: of the results, by default those the kernel's label suggests."""
+        read = tuple([v.name for v in inputs])
         specs = kernel.outputs(*[v.spec for v in inputs])
         if names is None:
-            names = [inputs[i].name if inputs else "value" for i in range(len(specs))]
+            names = read[: len(specs)] if read else ("value",) * len(specs)
         outputs = tuple([self._value(name, spec) for name, spec in zip(names, specs, strict=True)])
-        self._add(Compute(kernel, tuple([v.name for v in inputs]), outputs, stream))
+        self._add(Compute(kernel, read, outputs, stream))
         return outputs
 
     def send(self, values: Iterable[Value], to: int, channel: str) -> None:
         """Send values as one message on a channel."""
-        self._add(Send(tuple(v.name for v in values), to, channel))
+        self._add(Send(tuple([v.name for v in values]), to, channel))
 
     def recv(
         self, specs: Sequence[TensorSpec], source: int, channel: str, names: Sequence[str] | None = None
@@ -91,8 +92,12 @@ class Builder:
         kept: list[Step] = []
         phases: list[str] = []
         for step, phase in zip(reversed(self._steps), reversed(self._phases), strict=True):
-            if isinstance(step, (Compute, Copy)) and needed.isdisjoint([w.name for w in step.writes]):
-                continue
+            if isinstance(step, (Compute, Copy)):
+                for value in step.writes:
+                    if value.name in needed:
+                        break
+                else:
+                    continue
             needed.update(step.reads)
             kept.append(step)
             phases.append(phase)
@@ -176,8 +181,7 @@ class Builder:
         self._phases.append(self.phase)
 
     def _value(self, name: str, spec: TensorSpec) -> Value:
-        if "'" in name:
-            name = name[: name.index("'")]
+        name = name.partition("'")[0]
         count = self._uses.get(name, 0)
         self._uses[name] = count + 1
         return Value(f"{name}'{count}" if count else name, spec)

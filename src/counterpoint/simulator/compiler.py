@@ -53,22 +53,17 @@ class Compiler:
         self.schedules: list[Schedule] = []
         self.bases: list[int] = []  # number of a schedule's first step
         self.rank: list[int] = []
-        self.kind: list[int] = []
-        self.stream: list[int] = []
-        self.seconds: list[float] = []
         self.flops: list[int] = []
         self.wire: list[int] = []
-        self.makes = Lists()
-        self.depth: list[int] = []  # of streams
         self.names: list[str] = []
+        self._steps: list[tuple[int, int, float, int, int]] = []  # stream, kind, seconds, flops, wire
+        self._depth: list[int] = []  # of streams
         self._readers: list[int] = []  # what is read: by which step, made by which, from which buffer
         self._makers: list[int] = []
         self._read: list[int] = []
-        # buffers: bytes, never freed, the receive that fills it or -1, in fast memory
-        self._sizes: list[int] = []
-        self._kept: list[bool] = []
-        self._sources: list[int] = []
-        self._fast: list[bool] = []
+        # of buffers: name, bytes, the step that makes it and the receive that fills it or -1, in fast memory
+        self._buffers: list[tuple[str, int, int, int, bool]] = []
+        self._kept: list[int] = []  # buffers that are never freed
         self._copied: list[tuple[int, int, int, str, str]] = []  # step, bytes, rank, tiers from and to
         self._sent: dict[Key, list[End]] = defaultdict(list)
         self._received: dict[Key, list[End]] = defaultdict(list)
@@ -89,7 +84,7 @@ class Compiler:
         streams: dict[str, int] = {}
         outgoing: dict[tuple[int, str], list[End]] = {}
         incoming: dict[tuple[int, str], list[End]] = {}
-        readers, makers, read = self._readers, self._makers, self._read
+        readers, makers, read, buffers = self._readers, self._makers, self._read, self._buffers
 
         def send(number: int, to: int, channel: str, values: list[tuple]) -> int:
             nbytes = sum([value[2] for value in values])
@@ -107,13 +102,14 @@ class Compiler:
 
         for value in schedule.inputs:
             nbytes = value.spec.nbytes
-            known[value.name] = -1, self._allocate(value.name, nbytes, -1, True), nbytes, value.spec, DEVICE
+            known[value.name] = -1, len(buffers), nbytes, value.spec, DEVICE
+            buffers.append((value.name, nbytes, -1, -1, True))
         for number, step in enumerate(schedule.steps, base):
             values = [known[name] for name in step.reads]
-            for maker, buffer, *_ in values:
+            for value in values:
                 readers.append(number)
-                makers.append(maker)
-                read.append(buffer)
+                makers.append(value[0])
+                read.append(value[1])
             made, where, source, aliases, seconds, flops, wire = step.writes, DEVICE, -1, NONE, 0.0, 0, 0
             if isinstance(step, Compute):
                 kind, aliases = TIMED, step.kernel.aliases
@@ -134,25 +130,21 @@ class Compiler:
             else:
                 kind, where = COPY, DEVICE if step.tier == main else step.tier
                 self._copied.append((number, step.output.nbytes, schedule.rank, values[0][4], where))
-            stream = step.stream
-            if stream not in streams:
-                streams[stream] = len(self.depth)
-                self.depth.append(schedule.depth(step.channel) if isinstance(step, Recv) else 0)
-            self.stream.append(streams[stream])
-            self.kind.append(kind)
-            self.seconds.append(seconds)
-            self.flops.append(flops)
-            self.wire.append(wire)
+            stream = streams.get(step.stream)
+            if stream is None:
+                stream = streams[step.stream] = len(self._depth)
+                self._depth.append(schedule.depth(step.channel) if isinstance(step, Recv) else 0)
+            self._steps.append((stream, kind, seconds, flops, wire))
             for i, value in enumerate(made):
                 nbytes = value.spec.nbytes
                 if i in aliases:
                     buffer = values[aliases[i]][1]
                 else:
-                    buffer = self._allocate(value.name, nbytes, source, where == DEVICE)
-                    self.makes.add(number, buffer)
+                    buffer = len(buffers)
+                    buffers.append((value.name, nbytes, number, source, where == DEVICE))
                 known[value.name] = number, buffer, nbytes, value.spec, where
-        for name in (*(value.name for value in schedule.inputs), *schedule.outputs.values()):
-            self._kept[known[name][1]] = True
+        held = (*(value.name for value in schedule.inputs), *schedule.outputs.values())
+        self._kept += [known[name][1] for name in held]
 
     def finish(self, collectives: Collectives) -> Program:
         """The program of all schedules that were added. Raises ScheduleError for a message without counterpart.
@@ -176,11 +168,13 @@ class Compiler:
                 outgoing.add(step + c * len(self.rank), len(flows))
                 way = routes.copy(self.symmetry.turned(rank, turn), source, target, nbytes)
                 flows.append((step + c * len(self.rank), -1, nbytes, *way))
-        slots = self._slots(outgoing)
+        streams, kinds, seconds, self.flops, self.wire = _columns(self._steps, 5)
+        slots = self._slots(outgoing, streams)
         for i, (members, _) in enumerate(meetings):
             for step in members:
                 outgoing.add(step, i)
-        return self._program(routes, flows, outgoing, incoming, meetings, slots)
+        timed = _ints(streams), _ints(kinds), np.array(seconds, np.float64)
+        return self._program(timed, routes, flows, outgoing, incoming, meetings, slots)
 
     def place(self, index: int) -> tuple[int, int, int]:
         """(schedule, rank, first step) of the rank with this index in the program."""
@@ -233,6 +227,7 @@ class Compiler:
 
     def _program(
         self,
+        steps: tuple[Array, Array, Array],
         routes: Routes,
         flows: list[tuple],
         outgoing: Lists,
@@ -248,15 +243,19 @@ class Compiler:
             whole[whole >= 0] += np.repeat(np.arange(copies) * offset, len(column))[whole >= 0]
             return whole
 
-        def many(owners: Sequence[int], items: Sequence[int], offset: int) -> tuple[Array, Array]:
+        def many(owners: Array, items: Array, offset: int) -> tuple[Array, Array]:
             return lists(tiled(owners, n), tiled(items, offset), n * copies)
 
         sender, receiver, nbytes, route, latency, limit = _columns(flows, 6)
-        following, first, waits = self._in_order()
+        stream, kind, seconds = steps
+        self.names, size, maker, filled, fast = _columns(self._buffers, 5)
+        kept, made = np.zeros(len(size), np.int64), np.flatnonzero(_ints(maker) >= 0)
+        kept[self._kept] = 1
+        following, first, waits = self._in_order(stream)
         successors_at, successors = many(*self._successors(waits), n)
         reader, read = self._reads()
-        reads_at, reads = many(reader, read, len(self.names))
-        makes_at, makes = many(self.makes.owners, self.makes.items, len(self.names))
+        reads_at, reads = many(reader, read, len(size))
+        makes_at, makes = many(_ints(maker)[made], made, len(size))
         outgoing_at, outgoing_items = lists(outgoing.owners, outgoing.items, n * copies)
         incoming_at, incoming_items = lists(incoming.owners, incoming.items, n * copies)
         route_at, route_resources, route_weights, capacity = routes.arrays()
@@ -264,19 +263,19 @@ class Compiler:
         meeting_at, meeting_steps = lists(
             [i for i, _ in members], [step for _, step in members], len(meetings)
         )
-        kind = tiled(self.kind)
+        kind = tiled(kind)
         kind[meeting_steps] = MEETING
         ranks = [self.place(i)[1] for i in range(copies * len(self.schedules))]
         return Program(
-            rank=tiled(self.rank, len(self.schedules)), kind=kind, stream=tiled(self.stream, len(first)),
-            following=tiled(following, n), seconds=np.tile(np.array(self.seconds, np.float64), copies),
+            rank=tiled(self.rank, len(self.schedules)), kind=kind, stream=tiled(stream, len(first)),
+            following=tiled(following, n), seconds=np.tile(seconds, copies),
             waits=tiled(waits), successors_at=successors_at, successors=successors,
             reads_at=reads_at, reads=reads, makes_at=makes_at, makes=makes,
             outgoing_at=outgoing_at, outgoing=outgoing_items, incoming_at=incoming_at, incoming=incoming_items,
-            first=tiled(first, n), depth=tiled(self.depth),
-            buffer_bytes=tiled(self._sizes), buffer_readers=tiled(np.bincount(read, minlength=len(self.names))),
-            buffer_kept=tiled(self._kept).astype(np.bool_),
-            buffer_source=tiled(self._sources, n), buffer_fast=tiled(self._fast).astype(np.bool_),
+            first=tiled(first, n), depth=tiled(self._depth),
+            buffer_bytes=tiled(size), buffer_readers=tiled(np.bincount(read, minlength=len(size))),
+            buffer_kept=tiled(kept).astype(np.bool_), buffer_source=tiled(filled, n),
+            buffer_fast=tiled(fast).astype(np.bool_),
             message_sender=_ints(sender), message_receiver=_ints(receiver), message_bytes=_ints(nbytes),
             message_latency=np.array(latency, np.float64), message_limit=np.array(limit, np.float64),
             message_route=_ints(route), route_at=route_at, route_resources=route_resources,
@@ -286,9 +285,8 @@ class Compiler:
             limit=_ints([self.cluster.device(self.places[rank]).memory_bytes for rank in ranks]), slots=slots,
         )  # fmt: skip
 
-    def _in_order(self) -> tuple[Array, Array, Array]:
+    def _in_order(self, stream: Array) -> tuple[Array, Array, Array]:
         """Of steps the next one of their stream or -1; of streams the first step; of steps: does one come before."""
-        stream = _ints(self.stream)
         order = np.argsort(stream, kind="stable")
         same = stream[order[1:]] == stream[order[:-1]]
         following, waits = np.full(stream.size, -1), np.zeros(stream.size, np.int64)
@@ -301,24 +299,15 @@ class Compiler:
         maker, reader = _ints(self._makers), _ints(self._readers)
         pairs = np.unique((maker * len(self.rank) + reader)[maker >= 0])
         makers, readers = np.divmod(pairs, max(1, len(self.rank)))
-        np.add.at(waits, readers, 1)
+        waits += np.bincount(readers, minlength=waits.size)
         return makers, readers
 
     def _reads(self) -> tuple[Array, Array]:
         """(step, buffer), each pair once, in the order of the reads."""
         reader, read = _ints(self._readers), _ints(self._read)
-        _, kept = np.unique(reader * max(1, len(self.names)) + read, return_index=True)
+        _, kept = np.unique(reader * max(1, len(self._buffers)) + read, return_index=True)
         kept.sort()
         return reader[kept], read[kept]
-
-    def _allocate(self, name: str, nbytes: int, source: int, fast: bool) -> int:
-        """A new buffer. source: the receive that fills it, or -1."""
-        self.names.append(name)
-        self._sizes.append(nbytes)
-        self._kept.append(False)
-        self._sources.append(source)
-        self._fast.append(fast)
-        return len(self.names) - 1
 
     def _sent_to(self, rank: int, to: int, channel: str) -> list[End]:
         """What a rank sends to another on a channel, as the rank that stands for the receiver sees it."""
@@ -352,13 +341,13 @@ class Compiler:
         step = self.schedules[rank].steps[number - self.bases[rank]]
         return step if isinstance(step, Collective) else None
 
-    def _slots(self, outgoing: Lists) -> int:
+    def _slots(self, outgoing: Lists, streams: Sequence[int]) -> int:
         """How many flows may be under way at a time: those of one step of every stream."""
         flows, most = defaultdict(int), defaultdict(int)
         for step in outgoing.owners:
             flows[step] += 1
             copy, number = divmod(step, len(self.rank))
-            stream = (copy, self.stream[number])
+            stream = (copy, streams[number])
             most[stream] = max(most[stream], flows[step])
         return sum(most.values()) + 1
 

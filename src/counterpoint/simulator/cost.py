@@ -31,9 +31,10 @@ class KernelCosts:
 
     def __call__(self, kernel: Kernel, inputs: Sequence[TensorSpec]) -> tuple[float, int]:
         key = kernel, *inputs
-        if key not in self._known:
-            self._known[key] = self._cost(kernel, inputs)
-        return self._known[key]
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._cost(kernel, inputs)
+        return known
 
     def _cost(self, kernel: Kernel, inputs: Sequence[TensorSpec]) -> tuple[float, int]:
         if isinstance(kernel, Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, zip_longest
 from math import prod
 
 from counterpoint.schedule.schedule import Collective, Compute, Recv, Schedule, Send
@@ -112,16 +112,20 @@ def fold(schedule_of: Callable[[int], Schedule], mesh: Sequence[int]) -> tuple[l
     for symmetry in (Symmetry(mesh, strides) for strides in sizes if strides != mesh):
         ahead = [int(stride < size) for size, stride in zip(mesh, symmetry.strides, strict=True)]
         turned = {symmetry.turned(0, ahead), symmetry.turned(0, [-n for n in ahead])}
-        first = signature(schedule_of(0), symmetry)
-        if all(signature(schedule_of(rank), symmetry) == first for rank in turned):
+        if all(_alike(schedule_of(0), schedule_of(rank), symmetry) for rank in turned):
             return [schedule_of(rank) for rank in symmetry.representatives()], symmetry
     return [schedule_of(rank) for rank in range(prod(mesh))], Symmetry(mesh)
 
 
-def signature(schedule: Schedule, symmetry: Symmetry) -> list[tuple]:
+def _alike(one: Schedule, other: Schedule, symmetry: Symmetry) -> bool:
+    rows = zip_longest(signature(one, symmetry), signature(other, symmetry))
+    return all(a == b for a, b in rows)
+
+
+def signature(schedule: Schedule, symmetry: Symmetry) -> Iterator[tuple]:
     """What a schedule does, step by step, in terms that are equal on ranks that are alike."""
     number = {v.name: i for i, v in enumerate(schedule.inputs)}
-    rows: list[tuple] = [tuple(v.spec for v in schedule.inputs), tuple(sorted(schedule.depths.items()))]
+    yield tuple(v.spec for v in schedule.inputs), tuple(sorted(schedule.depths.items()))
 
     def values(names: Sequence[str]) -> tuple[int, ...]:
         return tuple(sorted({number[name] for name in names}))
@@ -149,6 +153,5 @@ def signature(schedule: Schedule, symmetry: Symmetry) -> list[tuple]:
             what += (step.kind, sends, recvs)
         else:
             what += (step.tier,)
-        rows.append(what)
-    rows.append(tuple((key, number[name]) for key, name in schedule.outputs.items()))
-    return rows
+        yield what
+    yield tuple((key, number[name]) for key, name in schedule.outputs.items())

@@ -51,6 +51,10 @@ class Block:
     def __bool__(self) -> bool:
         return bool(self.values)
 
+    def over(self, tokens: Tree) -> Block:
+        """The same tensors, said to cover these tokens."""
+        return Block(self.values, self.specs, tokens, self.heads)
+
 
 Attention = Callable[[Block, Block], Block]  # (q), (k, v) -> (out, lse)
 AttentionBackward = Callable[

@@ -83,7 +83,7 @@ class AttentionBuilder(Builder):
 
     def gradient_specs(self, block: Block) -> tuple[TensorSpec, ...]:
         """Types of the gradients of a block, which are summed in float32."""
-        return tuple(s.cast(accumulator(s.dtype)) for s in block.specs)
+        return tuple([s.cast(accumulator(s.dtype)) for s in block.specs])
 
     def with_heads(self, specs: Sequence[TensorSpec], heads: tuple[int, int]) -> tuple[TensorSpec, ...]:
         """The same types for another range of heads."""
@@ -93,16 +93,18 @@ class AttentionBuilder(Builder):
     def here(self, block: Block, axis: Axis) -> Block:
         """A rank's own part of a block whose tokens are given for the whole axis: the view of the next axis."""
         assert isinstance(block.tokens, tuple)
-        return replace(block, tokens=block.tokens[axis.rank])
+        return block.over(block.tokens[axis.rank])
 
     def take(self, block: Block, tokens: Tree) -> Block:
         """The part of a block that covers `tokens` (a view when it is one range)."""
-        wanted = self.mine(tokens)
+        if tokens is block.tokens and block:
+            return block
+        wanted, held = self.mine(tokens), self.mine(block.tokens)
         if not block or not wanted:
-            return Block((), tuple(s.with_size(1, wanted.count) for s in block.specs), tokens, block.heads)
-        rows = self.mine(block.tokens).locate(wanted)
-        if rows == ((0, self.mine(block.tokens).count),):
-            return replace(block, tokens=tokens)
+            return Block((), tuple([s.with_size(1, wanted.count) for s in block.specs]), tokens, block.heads)
+        rows = held.locate(wanted)
+        if rows == ((0, held.count),):
+            return block.over(tokens)
         return self._made(block, [self._cut(Take(rows), v) for v in block.values], tokens)
 
     def take_heads(self, block: Block, start: int, stop: int) -> Block:
@@ -199,9 +201,9 @@ class AttentionBuilder(Builder):
     def recv_block(self, like: Block, tokens: Tree, source: int, channel: str, names: Sequence[str]) -> Block:
         """Receive a block of the types of `like` over `tokens`."""
         count = self.mine(tokens).count
-        specs = tuple(s.with_size(1, count) for s in like.specs)
+        specs = tuple([s.with_size(1, count) for s in like.specs])
         values = self.recv(specs, source, channel, names) if count else ()
-        self._borrowed.update(v.name for v in values)
+        self._borrowed.update([v.name for v in values])
         return Block(values, specs, tokens, like.heads)
 
     def exchange(
@@ -241,8 +243,11 @@ class AttentionBuilder(Builder):
 
     def attend_backward(self, q: Block, kv: Block) -> tuple[Block, Block]:
         """Its backward: (q, dout, lse, delta), (k, v) -> (dq), (dk, dv), in float32."""
-        seen = self.mask.seen_by(self.mine(kv.tokens), [self.mine(q.tokens)])
-        if len(self.mine(kv.tokens).locate(seen)) == 1:  # gradients of keys that no query sees need no memory
+        held = self.mine(kv.tokens)
+        seen = self.mask.seen_by(held, [self.mine(q.tokens)])
+        if (
+            seen is not held and len(held.locate(seen)) == 1
+        ):  # gradients of keys that no query sees need no memory
             kv = self.take(kv, seen)
         areas = self.mask.areas(self.mine(q.tokens), self.mine(kv.tokens)) if q and kv else ()
         dq = Block((), self.gradient_specs(q)[:1], q.tokens, q.heads)
@@ -255,7 +260,7 @@ class AttentionBuilder(Builder):
         )  # where the output itself is at hand, the kernel need not stand in for it
         kernel = AttendBackward(areas, self.shape.softmax_scale, self.groups(q, kv), out is not None)
         a, *b = self.compute(kernel, *row, out or delta, *kv.values, names=("dq", "dk", "dv"))
-        return replace(dq, values=(a,)), replace(dkv, values=tuple(b))
+        return Block((a,), dq.specs, dq.tokens, dq.heads), Block(tuple(b), dkv.specs, dkv.tokens, dkv.heads)
 
     def merge(self, total: Block | None, part: Block, over: Tree) -> Block | None:
         """Fold a partial (out, lse) into the total over the tokens `over`; either may be missing."""
@@ -296,7 +301,7 @@ class AttentionBuilder(Builder):
         here, wanted = self.mine(part.tokens), self.mine(over)
         borrowed = any(v.name in self._borrowed for v in part.values)
         if here == wanted and not borrowed:
-            return replace(part, tokens=over)
+            return part.over(over)
         rows = wanted.locate(here)
         values = [
             self.compute(Spread(rows, wanted.count, fill), v)[0]
@@ -328,4 +333,4 @@ class AttentionBuilder(Builder):
         return part
 
     def _made(self, like: Block, values: Sequence[Value], tokens: Tree) -> Block:
-        return Block(tuple(values), tuple(v.spec for v in values), tokens, like.heads)
+        return Block(tuple(values), tuple([v.spec for v in values]), tokens, like.heads)

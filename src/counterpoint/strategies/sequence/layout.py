@@ -116,5 +116,6 @@ def _local(layout: SequenceLayout, rank: int) -> Tokens:
 def _piece(start: int, length: int, pieces: int, index: int, extra: int = 0) -> Run:
     """Piece `index` of a span cut into `pieces` that differ by at most one token; odd tokens go from `extra` on."""
     size, odd = divmod(length, pieces)
-    longer = [(i - extra) % pieces < odd for i in range(index + 1)]
-    return Run(start + size * index + sum(longer[:index]), size + longer[index])
+    first = extra % pieces  # `odd` pieces from this one on, counted around, are longer
+    before = max(0, min(index, first + odd) - first) + max(0, min(index, first + odd - pieces))
+    return Run(start + size * index + before, size + int((index - first) % pieces < odd))

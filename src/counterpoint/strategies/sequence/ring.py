@@ -89,15 +89,15 @@ def walk(
     """
     r, N = axis.rank, axis.size
 
-    def needed(j: int, t: int):  # the part of block j that the ranks after step t see
-        return seen_ahead(b.mask, block.tokens[j], q.tokens, j, way)[0][t + 1]
+    def seen(j: int):  # for t = 0..N the part of block j that the ranks from step t on see
+        return seen_ahead(b.mask, block.tokens[j], q.tokens, j, way)[0]
 
-    visiting = b.here(block, axis)
+    visiting, ahead = b.here(block, axis), seen(r)
     for t in range(N):
         j, following = (r - way * t) % N, (r - way * (t + 1)) % N
-        b.send_block(b.take(visiting, needed(j, t)), axis[r + way], axis.channel(channel))
-        labels = [f"{name}{following}" for name in names]
-        arriving = b.recv_block(visiting, needed(following, t), axis[r - way], axis.channel(channel), labels)
+        b.send_block(b.take(visiting, ahead[t + 1]), axis[r + way], axis.channel(channel))
+        labels, ahead = [f"{name}{following}" for name in names], seen(following)
+        arriving = b.recv_block(visiting, ahead[t + 1], axis[r - way], axis.channel(channel), labels)
         yield j, visiting
         visiting = arriving
 

@@ -140,6 +140,10 @@ class Cluster:
         return tuple(k.attained.without(k.latency_seconds) if k.attained else None for k in self.levels)
 
     @cached_property
+    def _known_ends(self) -> dict[tuple[int, int, str], list[Resource]]:
+        return {}
+
+    @cached_property
     def _graphs(self) -> dict[int, PairGraph]:
         """For every level of listed pairs: its links and, joined in, those of the levels inside."""
         graphs = {}
@@ -242,6 +246,12 @@ class Cluster:
 
     def _ends(self, tier: int, rank: int, direction: Literal["out", "in"]) -> list[Resource]:
         """What a rank's traffic passes at one level on its way out of, or into, the rank's side."""
+        known = self._known_ends.get((tier, rank, direction))
+        if known is None:
+            known = self._known_ends[tier, rank, direction] = self._find_ends(tier, rank, direction)
+        return known
+
+    def _find_ends(self, tier: int, rank: int, direction: Literal["out", "in"]) -> list[Resource]:
         level = self.levels[tier]
         if level.link == "bus":
             return [Resource("bus", tier, (rank // self.sizes[tier],), "both", level.bytes_per_second)]

@@ -92,6 +92,10 @@ class AttentionMask:
     def starts(self) -> tuple[int, ...]:
         return (0, *accumulate(self.documents[:-1])) if self.documents else (0,)
 
+    @cached_property
+    def _only_causal(self) -> bool:
+        return self.causal and self.window is None and len(self.documents) < 2
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -101,6 +105,11 @@ class AttentionMask:
 
     def areas(self, q: Tokens, k: Tokens) -> tuple[Area, ...]:
         """The visible part of the block of queries `q` against keys `k`; empty when nothing is visible."""
+        if self._only_causal and q and k:
+            if q.ends[0] > k.ends[1]:
+                return (Area(0, q.count, 0, k.count),)
+            if q.ends[1] < k.ends[0]:
+                return ()
         return _areas(self, q, k)
 
     def seen_by(self, k: Tokens, queries: Iterable[Tokens]) -> Tokens:
@@ -142,11 +151,6 @@ def _ends(mask: AttentionMask, tokens: Tokens) -> tuple[tuple[int, tuple[int, ..
 
 @lru_cache(maxsize=65536)
 def _areas(mask: AttentionMask, q: Tokens, k: Tokens) -> tuple[Area, ...]:
-    if mask.causal and mask.window is None and len(mask.starts) == 1 and q and k:
-        if q.ends[0] > k.ends[1]:
-            return (Area(0, q.count, 0, k.count),)
-        if q.ends[1] < k.ends[0]:
-            return ()
     by_document: dict[int, tuple[list[Piece], list[Piece]]] = {}
     for side, tokens in enumerate((q, k)):
         for piece in split_at(tokens, mask.starts):

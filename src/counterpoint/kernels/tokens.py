@@ -62,11 +62,10 @@ class Tokens:
         return (min(run.start for run in self.runs), max(run.last for run in self.runs)) if self.runs else ()
 
     def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self.runs)
+        known = self.__dict__
+        if "hash" not in known:  # `cached_property` would take a lock
+            known["hash"] = hash(self.runs)
+        return known["hash"]
 
     def __bool__(self) -> bool:
         return bool(self.runs)

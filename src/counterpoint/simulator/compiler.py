@@ -239,6 +239,8 @@ class Compiler:
 
         def tiled(column: Sequence | Array, offset: int = 0) -> Array:
             """The column for every copy; what is not negative counts from that copy's `offset` on."""
+            if copies == 1:
+                return np.array(column, np.int64)
             whole = np.tile(np.array(column, np.int64), copies)
             whole[whole >= 0] += np.repeat(np.arange(copies) * offset, len(column))[whole >= 0]
             return whole

@@ -72,7 +72,8 @@ def lists(
     owners: list[int] | np.ndarray, items: list[int] | np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(at, items) of `count` lists, given for every item the list it belongs to; the order in a list is kept."""
-    owner = np.asarray(owners, np.int64)
+    owner, item = np.asarray(owners, np.int64), np.asarray(items, np.int64)
     at = np.zeros(count + 1, np.int64)
     np.cumsum(np.bincount(owner, minlength=count), out=at[1:])
-    return at, np.asarray(items, np.int64)[np.argsort(owner, kind="stable")]
+    in_order = bool(np.all(owner[1:] >= owner[:-1]))
+    return at, item if in_order else item[np.argsort(owner, kind="stable")]

@@ -140,7 +140,8 @@ class Cluster:
         return tuple(k.attained.without(k.latency_seconds) if k.attained else None for k in self.levels)
 
     @cached_property
-    def _known_ends(self) -> dict[tuple[int, int, str], list[Resource]]:
+    def _sides(self) -> dict[tuple[int, int, str], tuple[Resource, ...]]:
+        """Those that have been asked for."""
         return {}
 
     @cached_property
@@ -229,29 +230,27 @@ class Cluster:
         top = self.levels[tier]
         if top.link == "pairs":
             return self._route_by_links(tier, source, destination)
-        leave: list[Resource] = []
-        arrive: list[Resource] = []
-        for inner in range(tier + 1):
-            if inner == tier or self.levels[inner].carries_outer:
-                leave += self._ends(inner, source, "out")
-                arrive += self._ends(inner, destination, "in")
-        crossing: list[Resource] = []
+        crossing: tuple[Resource, ...] = ()
         if top.link == "mesh":
             step = self.sizes[tier - 1] if tier else 1
             where = (source // self.sizes[tier], source // step, destination // step)
-            crossing.append(Resource("link", tier, where, "out", top.bytes_per_second))
-        resources = tuple(dict.fromkeys(leave + crossing + arrive[::-1]))
+            crossing = (Resource("link", tier, where, "out", top.bytes_per_second),)
+        leave, arrive = self._side(tier, source, "out"), self._side(tier, destination, "in")
+        resources = tuple(dict.fromkeys(leave + crossing + arrive))
         ends = (tier, source, destination)
         return self._finish(resources, top.latency_seconds, top.level, self._flows[tier], ends)
 
+    def _side(self, tier: int, rank: int, direction: Literal["out", "in"]) -> tuple[Resource, ...]:
+        """What a rank's traffic that crosses a level passes on its own side, in order."""
+        side = self._sides.get((tier, rank, direction))
+        if side is None:
+            inner = [t for t in range(tier + 1) if t == tier or self.levels[t].carries_outer]
+            ends = [end for t in inner for end in self._ends(t, rank, direction)]
+            side = self._sides[tier, rank, direction] = tuple(ends if direction == "out" else ends[::-1])
+        return side
+
     def _ends(self, tier: int, rank: int, direction: Literal["out", "in"]) -> list[Resource]:
         """What a rank's traffic passes at one level on its way out of, or into, the rank's side."""
-        known = self._known_ends.get((tier, rank, direction))
-        if known is None:
-            known = self._known_ends[tier, rank, direction] = self._find_ends(tier, rank, direction)
-        return known
-
-    def _find_ends(self, tier: int, rank: int, direction: Literal["out", "in"]) -> list[Resource]:
         level = self.levels[tier]
         if level.link == "bus":
             return [Resource("bus", tier, (rank // self.sizes[tier],), "both", level.bytes_per_second)]
@@ -293,7 +292,7 @@ class Cluster:
         ends: tuple[int, int, int],
     ) -> Route:
         """Adds what one pair of ranks can drive as a resource of its own where the links could carry more."""
-        if flow and flow.maximum < min(r.bytes_per_second for r in resources):
+        if flow and flow.maximum < min([r.bytes_per_second for r in resources]):
             tier, source, destination = ends
             resources += (Resource("pair", tier, (source, destination), "out", flow.maximum),)
         return Route(resources, latency_seconds, level, flow)

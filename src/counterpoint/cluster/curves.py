@@ -10,10 +10,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Curve:
     """Measured points (size, rate), read between the points on logarithmic axes.
 
@@ -36,7 +37,7 @@ class Curve:
     def is_constant(self) -> bool:
         return len(self.points) == 1
 
-    @property
+    @cached_property
     def maximum(self) -> float:
         return max(rate for _, rate in self.points)
 

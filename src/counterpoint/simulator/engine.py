@@ -27,8 +27,9 @@ from counterpoint.simulator.events import (
 from counterpoint.simulator.network import Flows, end_flow, make_flows, rebalance, start_flow
 from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, SEND, TIMED, Array, Program
 
-# Steps that take as long to interpret (20 to 100 us each) as compiled code takes to load, and as compiling takes.
-WORTH_LOADING, WORTH_COMPILING = 10_000, 300_000
+# Interpreting takes 20 to 100 us a step: as much for so many steps as loading compiled code, and some seconds for so
+# many, which come again more often than not, while compiling for twenty seconds is done once and kept on disk.
+WORTH_LOADING, WORTH_COMPILING = 10_000, 50_000
 TOGETHER = 1e-13  # relative difference below which two events happen at the same moment
 
 # Entries of State.counts.

@@ -29,10 +29,10 @@ class Ways:
     capacities: list[float] = field(default_factory=list)
 
     def number(self, resource: Hashable, capacity: float) -> int:
-        if resource not in self.numbers:
-            self.numbers[resource] = len(self.capacities)
+        number = self.numbers.setdefault(resource, len(self.capacities))
+        if number == len(self.capacities):
             self.capacities.append(capacity)
-        return self.numbers[resource]
+        return number
 
 
 class Routes:
@@ -51,6 +51,7 @@ class Routes:
         self._arrays: tuple[int, tuple[Array, Array, Array, Array]] | None = None  # of how many routes
         self._pairs: dict[tuple[int, int], tuple] = {}
         self._copies: dict[tuple[int, str, str], int] = {}
+        self._orbits: dict[int, list[int]] = {}
         self._costs: dict[tuple[int, int, int], tuple[int, float, float]] = {}
         for rank in symmetry.representatives() if symmetry.folded else ():
             if (
@@ -71,23 +72,31 @@ class Routes:
         """(number, route) from one rank to another."""
         ends = (source, destination)
         if ends not in self._pairs:
-            symmetry, first = self.symmetry, None
+            first: Route | None = None
             passes: list[Passes] = []
-            for turn in symmetry.turns():
-                route, passed = self._way(symmetry.turned(source, turn), symmetry.turned(destination, turn))
+            for there in zip(self._orbit(source), self._orbit(destination), strict=True):
+                route, passed = self._way(*there)
                 first = first or route
-                if (route.latency_seconds, route.flow) != (first.latency_seconds, first.flow):
+                if route.latency_seconds != first.latency_seconds or route.flow != first.flow:
                     raise Asymmetric
                 passes.append(passed)
             self._pairs[ends] = (self._add(passes), first)
         return self._pairs[ends]
 
+    def _orbit(self, rank: int) -> list[int]:
+        """Where the rank comes to lie by all turns."""
+        if rank not in self._orbits:
+            self._orbits[rank] = [self.symmetry.turned(rank, turn) for turn in self.symmetry.turns()]
+        return self._orbits[rank]
+
     def _way(self, source: int, destination: int) -> tuple[Route, Passes]:
         ends, ways = (source, destination), self._ways
-        if ends not in ways.routes:
+        way = ways.routes.get(ends)
+        if way is None:
             route = self.cluster.route(self.places[source], self.places[destination])
-            ways.routes[ends] = route, tuple([ways.number(r, r.bytes_per_second) for r in route.resources])
-        return ways.routes[ends]
+            passed = tuple([ways.number(r, r.bytes_per_second) for r in route.resources])
+            way = ways.routes[ends] = route, passed
+        return way
 
     def copy(self, rank: int, source: str, target: str, nbytes: int) -> tuple[int, float, float]:
         """The same for a copy between memory tiers; copies of one rank in one direction share that way."""

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from counterpoint.cli.app import app
 from counterpoint.cluster.presets import find_cluster
 from counterpoint.emulation.emulate import emulate, emulate_all
 from counterpoint.emulation.namespaces import Namespaces, Unsupported
@@ -261,6 +263,32 @@ def test_states_beat_their_chain_as_much_as_the_simulator_says():
         )  # states do not shrink with the sequence; heads are fewer
     measured = [r.passes[0].seconds / r.scale.slowdown for r in (states, chain)]
     assert measured[0] < measured[1]
+
+
+@needs_namespaces
+def test_the_command_takes_linear_attention():
+    arguments = "--cluster a10x4-pcie --ranks 2 --strategy states_chain --tokens 8192 --heads 2 --repetitions 1 --json"
+    done = subprocess.run([*COMMAND, *arguments.split()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["compute"] == "timed" and found["strategy"]["backward"] == "states_chain"
+    assert found["passes"]["forward"]["cluster_sent_bytes"] == 2 * 128 * 128 * 4  # one state, to one rank
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--strategy states --kv-heads 4", "its heads have a state each"),
+        ("--strategy states --ranks 2x2", "lies over one axis"),
+        ("--strategy states --layout zigzag", "linear attention takes tokens in order"),
+        ("--strategy ring --decay scalar", "--decay is for states and states_chain"),
+        ("--strategy states(depth=2)", "depth"),
+    ],
+)
+def test_mistakes_with_linear_attention_are_one_line(arguments, message):
+    found = CliRunner().invoke(app, ["emulate", "--cluster", "a10x4-pcie", *arguments.split()])
+    assert isinstance(found.exception, ValueError)
+    assert message in str(found.exception)
 
 
 def test_kernels_of_linear_attention_are_held():

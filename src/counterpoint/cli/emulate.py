@@ -21,6 +21,12 @@ class Compute(StrEnum):
     real = "real"
 
 
+class Decay(StrEnum):
+    none = "none"
+    scalar = "scalar"
+    vector = "vector"
+
+
 _PASSES: dict[Passes, tuple[Literal["forward", "backward"], ...]] = {
     Passes.forward: ("forward",),
     Passes.backward: ("backward",),
@@ -31,7 +37,12 @@ _PASSES: dict[Passes, tuple[Literal["forward", "backward"], ...]] = {
 def emulate(
     cluster: Annotated[str, typer.Option(help="A preset (counterpoint cluster list) or a YAML file.")],
     strategy: Annotated[
-        str, typer.Option("--strategy", "-s", help='tokenring, "ring/ulysses", ...')
+        str,
+        typer.Option(
+            "--strategy",
+            "-s",
+            help='tokenring, "ring/ulysses", ...; of linear attention: states, states_chain.',
+        ),
     ] = "tokenring",
     backward: Annotated[
         str | None, typer.Option(help="Of the backward pass.", show_default="as --strategy")
@@ -45,13 +56,19 @@ def emulate(
         str | None, typer.Option(help="4, or a mesh: 2x4.", show_default="all of the cluster")
     ] = None,
     causal: Annotated[bool, typer.Option()] = True,
-    layout: Annotated[str, typer.Option(help="contiguous, zigzag or striped")] = "zigzag",
+    layout: Annotated[
+        str | None,
+        typer.Option(help="contiguous, zigzag or striped", show_default="zigzag; contiguous for linear"),
+    ] = None,
+    decay: Annotated[
+        Decay | None, typer.Option(help="Of linear attention: none, scalar or vector.", show_default="none")
+    ] = None,
     which: Annotated[Passes, typer.Option("--pass", help="forward, backward or both")] = Passes.forward,
     compute: Annotated[
         Compute | None,
         typer.Option(
             help="timed: kernels are held for their time on the cluster. real: they compute here.",
-            show_default="real if ranks <= cores, else timed",
+            show_default="real if ranks <= cores and not linear, else timed",
         ),
     ] = None,
     factor: Annotated[
@@ -72,6 +89,7 @@ def emulate(
     slower by one factor. The program that would run on the cluster runs on them. Needs root.
 
         counterpoint emulate --cluster a10x4-pcie --strategy tokenring --tokens 24000
+        counterpoint emulate --cluster a10x4-pcie --strategy states --tokens 32768 --heads 16
     """
     import json
 
@@ -82,24 +100,26 @@ def emulate(
     from counterpoint.emulation.emulate import emulate as run
     from counterpoint.emulation.report import emulation_table, steps_table, write_directory
     from counterpoint.emulation.result import to_json
-    from counterpoint.strategies.sequence.attention import AttentionProblem, parse_choices
-    from counterpoint.strategies.sequence.blocks import AttentionShape
-    from counterpoint.strategies.sequence.layout import SequenceLayout
+    from counterpoint.strategies.sequence.linear import LINEAR_STRATEGIES
 
     found = find_cluster(cluster)
     mesh = _numbers(ranks, "x", "--ranks", "4 or 2x4") if ranks else (found.world_size,)
     world_size = 1
     for n in mesh:
         world_size *= n
-    forward = parse_choices(strategy)
-    problem = AttentionProblem(
-        AttentionShape(1, heads, kv_heads or heads, head_dim, dtype),
-        SequenceLayout(layout, tokens, world_size),
-        mesh,
-        forward,
-        parse_choices(backward) if backward else forward,
-        causal,
-    )
+    linear = strategy.split("(")[0].strip() in LINEAR_STRATEGIES
+    if linear:
+        if kv_heads is not None:
+            raise ValueError(
+                f"--kv-heads {kv_heads} does not go with {strategy}: its heads have a state each"
+            )
+        problem = _linear(strategy, backward, tokens, heads, head_dim, dtype, mesh, causal, layout, decay)
+    else:
+        if decay is not None:
+            raise ValueError(f"--decay is for states and states_chain; the strategy is {strategy}")
+        problem = _softmax(strategy, backward, tokens, heads, kv_heads, head_dim, dtype, mesh, causal, layout)
+    if compute is None and linear:
+        compute = Compute.timed
     if compute is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         compute = Compute.real if world_size <= cores else Compute.timed
@@ -123,6 +143,41 @@ def emulate(
     else:
         tables = (emulation_table(result), steps_table(result))
         Console().print(*(table for table in tables if table is not None), sep="\n")
+
+
+def _softmax(strategy, backward, tokens, heads, kv_heads, head_dim, dtype, mesh, causal, layout):
+    from math import prod
+
+    from counterpoint.strategies.sequence.attention import AttentionProblem, parse_choices
+    from counterpoint.strategies.sequence.blocks import AttentionShape
+    from counterpoint.strategies.sequence.layout import SequenceLayout
+
+    forward = parse_choices(strategy)
+    return AttentionProblem(
+        AttentionShape(1, heads, kv_heads or heads, head_dim, dtype),
+        SequenceLayout(layout or "zigzag", tokens, prod(mesh)),
+        mesh,
+        forward,
+        parse_choices(backward) if backward else forward,
+        causal,
+    )
+
+
+def _linear(strategy, backward, tokens, heads, head_dim, dtype, mesh, causal, layout, decay):
+    from counterpoint.strategies.sequence.layout import SequenceLayout
+    from counterpoint.strategies.sequence.linear import LinearProblem, parse_linear
+    from counterpoint.strategies.sequence.linear_builder import LinearShape
+
+    if len(mesh) > 1:
+        raise ValueError(f"{strategy} lies over one axis; give --ranks one number in the place of {mesh}")
+    forward = parse_linear(strategy)
+    return LinearProblem(
+        LinearShape(1, heads, head_dim, head_dim, decay.value if decay else "none", dtype),
+        SequenceLayout(layout or "contiguous", tokens, mesh[0]),
+        forward,
+        parse_linear(backward) if backward else forward,
+        causal,
+    )
 
 
 def emulate_worker(job: Path) -> None:

@@ -17,6 +17,8 @@ def verification_table(result: Verification, world_size: int) -> Table:
         f"{len(result.differences) - 1} gradients and the loss over {result.tokens:,} tokens: {verdict} "
         f"within {result.tolerance:g} relative"
     )
+    if result.plan:
+        caption += f"\n{result.plan}"
     table = Table(title=f"{world_size} processes against one", caption=caption, title_justify="left")
     for column in ("quantity", f"{world_size} processes", "1 process", "relative difference"):
         table.add_column(column, justify="left" if column == "quantity" else "right")

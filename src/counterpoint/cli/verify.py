@@ -22,9 +22,12 @@ def verify(
 
     Runs one global batch of a training configuration on its processes and again on one, on the same initial
     weights, and compares the loss and the gradient of every parameter. Exit code 1 when they differ by more than
-    2e-5 relative.
+    2e-5 relative. With batching the sequences have random lengths (others by training.seed), unless
+    batching.lengths says which.
 
         counterpoint verify --set parallel.sequence=4 --set data.sequence_length=4096
+
+        counterpoint verify --set batching=flexsp --set parallel.data=4 --set batching.tokens_per_rank=256
     """
     from counterpoint.cli.train import check, settle
     from counterpoint.training.config import load_config
@@ -52,7 +55,9 @@ def prove(settings) -> bool:
     from counterpoint.training.verify import Verification
     from counterpoint.training.verify import verify as run
 
-    data = 1 if settings.parallel.data == "auto" else settings.parallel.data
+    data = settings.parallel.data
+    if data == "auto":  # ragged batches are shared by any processes: two show it
+        data = 2 if settings.batching.ragged and settings.parallel.sequence_size == 1 else 1
     settings = settings.with_world_size(data * settings.parallel.sequence_size)
     world_size = settings.parallel.data * settings.parallel.sequence_size
     directory = Path(settings.directory)

@@ -7,7 +7,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -202,7 +202,8 @@ def _timed(
         sent = sum(sum(bytes_by_pair(schedules).values()) for schedules in target.schedules.values())
         sent_small = sum(sum(bytes_by_pair(_schedules(small, which)).values()) for which in target.schedules)
         shrink = sent / sent_small if sent_small else 1.0
-        scale = Scale(slowdown or rates / shrink, shrink)
+        least = LEAST_SECONDS / target.longest if len(targets) == 1 else 0.0  # several have one rate together
+        scale = Scale(slowdown or max(rates / shrink, least), shrink)
         if target.longest * scale.slowdown < LEAST_SECONDS or scale.rates < rates / 4:
             least = max(LEAST_SECONDS / target.longest, rates / shrink)
             raise ValueError(
@@ -293,6 +294,6 @@ def _result(
         attention_steps(simulated, schedules),
         attention_steps(real, target.schedules[which]),
         middle,
-        replace(simulated, meta={**simulated.meta, **middle.meta}),
+        Timeline("simulated", simulated.spans, simulated.memory, {**simulated.meta, **middle.meta}),
         real,
     )

@@ -53,22 +53,22 @@ def mixing(
     timeline: Timeline | None,
     ranks: tuple[int, ...] | None = None,
 ) -> Mixing:
-    """The layers of a model over a sequence in `layout`; mesh: of the processes that share it, ranks: those that do.
+    """The layers of a model over a sequence in `layout`.
 
-    Linear attention is shared by all of them or none: with several ranks given, every layer must be a softmax layer.
+    mesh: of the processes that share it; ranks: those of them that do, when not all.
     """
     forward, backward = parallel.strategies
     shared = {"mesh": mesh, "timeline": timeline, "timeout": parallel.timeout}
     attend = partial(attention, ranks=ranks, layout=layout, forward=forward, backward=backward, **shared)
     layouts = layer_layouts(shape, layout)
     attends: list[Attend | Mix] = [
-        _States(layouts[layer], mesh, parallel.linear, timeline, parallel.timeout)
+        States(layouts[layer], mesh, ranks, parallel.linear, timeline, parallel.timeout)
         if shape.is_linear(layer)
         else partial(attend, window=shape.window(layer))
         for layer in shape.layers
     ]
     moves: dict[int, Move] = {
-        layer: partial(relayout, source=layouts[layer - 1], target=layouts[layer], **shared)
+        layer: partial(relayout, source=layouts[layer - 1], target=layouts[layer], ranks=ranks, **shared)
         for layer in shape.layers[1:]
         if layouts[layer] != layouts[layer - 1]
     }
@@ -76,22 +76,24 @@ def mixing(
 
 
 @dataclass(frozen=True, slots=True)
-class _States:
-    """Linear attention of the ranks of a mesh."""
+class States:
+    """Linear attention of the ranks of a mesh, or of those in `ranks`."""
 
     layout: SequenceLayout
     mesh: DeviceMesh | None
+    ranks: tuple[int, ...] | None
     strategy: str
     timeline: Timeline | None
     timeout: float
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
         return linear_attention(
-            q, k, v, log_decay, mesh=self.mesh, layout=self.layout, forward=self.strategy, check=False,
-            timeline=self.timeline, timeout=self.timeout,
+            q, k, v, log_decay, mesh=self.mesh, ranks=self.ranks, layout=self.layout, forward=self.strategy,
+            check=False, timeline=self.timeline, timeout=self.timeout,
         )  # fmt: skip
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         return short_convolution(
-            x, weight, mesh=self.mesh, layout=self.layout, timeline=self.timeline, timeout=self.timeout
-        )
+            x, weight, mesh=self.mesh, ranks=self.ranks, layout=self.layout, timeline=self.timeline,
+            timeout=self.timeout,
+        )  # fmt: skip

@@ -73,13 +73,8 @@ def check_attention(config: TrainConfig, shape: ModelConfig) -> None:
         )
     if size == 1:
         return
-    if config.batching.ragged and any(shape.is_linear(layer) for layer in shape.layers):
-        raise ValueError(
-            f"batching = {config.batching.solver} shares sequences between groups of processes, which linear "
-            "attention layers cannot; use batching none, or one process"
-        )
     if any(shape.is_linear(layer) for layer in shape.layers):
-        _check_linear(config, shape)
+        _check_linear(config, shape, size)
     if all(shape.is_linear(layer) for layer in shape.layers):
         return
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
@@ -114,14 +109,14 @@ def check_memory(config: TrainConfig, shape: ModelConfig, device: str | None = N
         )
 
 
-def _check_linear(config: TrainConfig, shape: ModelConfig) -> None:
+def _check_linear(config: TrainConfig, shape: ModelConfig, size: int) -> None:
     parallel, linear = config.parallel, shape.linear
     assert linear is not None
     strategy = parse_linear(parallel.linear)
     try:
         LinearProblem(
             LinearShape(1, linear.num_heads, linear.key_head_dim, linear.value_head_dim),
-            SequenceLayout("contiguous", config.data.sequence_length, parallel.sequence_size),
+            SequenceLayout("contiguous", max(config.data.sequence_length, size), size),
             strategy,
             strategy,
         ).schedule("backward", 0)

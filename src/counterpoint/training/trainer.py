@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -162,16 +163,22 @@ def open_batches(
     ahead: int | None = None,
 ) -> Stream | RaggedBatches:
     """Packed sequences of a corpus, or ragged batches with their plans, `ahead` of them planned in advance."""
-    data, batching = config.data, config.batching
+    batching = config.batching
     if not batching.ragged:
         return open_stream(config, corpus, tokenizer)
-    tokens = (
-        None if batching.sequences else batching.tokens or config.training.global_batch * data.sequence_length
-    )
-    size = BatchSize(tokens, batching.sequences)
     lengths = () if batching.lengths is None else tuple(read_lengths(batching.lengths).values())
-    stream = RaggedStream(corpus, tokenizer, size, data.sequence_length, config.training.seed, lengths)
+    stream = open_ragged(config, corpus, tokenizer, lengths)
     return RaggedBatches(stream, planner, processes, batching.ahead if ahead is None else ahead)
+
+
+def open_ragged(
+    config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, lengths: Sequence[int]
+) -> RaggedStream:
+    """Ragged batches of a corpus, from its beginning; lengths: of their sequences, () for those of documents."""
+    batching, longest = config.batching, config.data.sequence_length
+    tokens = None if batching.sequences else batching.tokens or config.training.global_batch * longest
+    size = BatchSize(tokens, batching.sequences)
+    return RaggedStream(corpus, tokenizer, size, longest, config.training.seed, lengths)
 
 
 def start_planner(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
+from counterpoint.model.config import ModelConfig
 from counterpoint.model.decoder import Decoder
 from counterpoint.planner.batch import BatchPlan, Group
 from counterpoint.runtime.engine import Engine
@@ -25,6 +26,7 @@ from counterpoint.strategies.sequence.layout import SequenceLayout
 from counterpoint.training.config import TrainConfig
 from counterpoint.training.losses import Shard, shard_losses
 from counterpoint.training.mesh import Processes
+from counterpoint.training.mixing import States, layer_layouts
 from counterpoint.training.ragged.stream import Place, RaggedStream
 
 LAYOUT = (
@@ -44,9 +46,11 @@ class RaggedBatch:
     waited: float = 0.0
 
 
-def own_shards(batch: RaggedBatch, stream: RaggedStream, rank: int) -> list[tuple[Group, Shard]]:
+def own_shards(
+    batch: RaggedBatch, stream: RaggedStream, rank: int, shape: ModelConfig
+) -> list[tuple[Group, Shard]]:
     """What a rank holds of a batch, group by group; only sequences that it has tokens of are read."""
-    return [(group, _shard(batch, group, stream, rank)) for _, group in batch.plan.of_rank(rank)]
+    return [(group, _shard(batch, group, stream, rank, shape)) for _, group in batch.plan.of_rank(rank)]
 
 
 def ragged_gradients(
@@ -63,7 +67,7 @@ def ragged_gradients(
     this rank computed. Collective over all ranks.
     """
     connect(config, processes)
-    shards = own_shards(batch, stream, processes.rank)
+    shards = own_shards(batch, stream, processes.rank, model.config)
     (count,) = processes.sum(sum(shard.counted for _, shard in shards))
     count, losses = max(int(count), 1), 0.0
     with whole_parameters(model):
@@ -84,7 +88,7 @@ def ragged_losses(
 ) -> tuple[float, int]:
     """Sum of this rank's token losses of a batch, and how many tokens counted here."""
     connect(config, processes)
-    shards = own_shards(batch, stream, processes.rank)
+    shards = own_shards(batch, stream, processes.rank, model.config)
     with whole_parameters(model):
         losses = sum(float(shard_losses(model, shard, config, processes)) for _, shard in shards)
     return losses, sum(shard.counted for _, shard in shards)
@@ -132,21 +136,30 @@ def reduce_gradients(model: Decoder, device: torch.device) -> None:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-    loss, _ = model(nothing, nothing[0], attend, nothing)
+    states = States(SequenceLayout("contiguous", 1, 1), None, None, "states", None, 0.0)
+    attends = [states if model.config.is_linear(layer) else attend for layer in model.config.layers]
+    loss, _ = model(nothing, nothing[0], attends, nothing)
     (loss * 0.0).backward()
 
 
-def _shard(batch: RaggedBatch, group: Group, stream: RaggedStream, rank: int) -> Shard:
+def _shard(batch: RaggedBatch, group: Group, stream: RaggedStream, rank: int, shape: ModelConfig) -> Shard:
     lengths = tuple(batch.places[i].length for i in group.sequences)
     layout = SequenceLayout(LAYOUT, sum(lengths), len(group.ranks), lengths)
-    place = group.ranks.index(rank)
+    place, layouts = group.ranks.index(rank), layer_layouts(shape, layout)
+    first, last = ([torch.empty(1, 0, dtype=torch.int64)] for _ in range(2))
+    inside = [_by_document(end, place) for end in (layouts[0], layouts[-1])]
+    for number, index in enumerate(group.sequences):
+        here, there = inside[0][number], inside[1][number]
+        if len(here) or len(there):
+            whole = stream.read(batch.places[index])
+            first.append(whole.tokens[:, here])
+            last.append(whole.labels[:, there])
+    return Shard(torch.cat(first, 1), torch.cat(last, 1), layout, place, group.ranks, group.offload)
+
+
+def _by_document(layout: SequenceLayout, place: int) -> list[torch.Tensor]:
+    """Positions inside each document of the tokens that a rank holds."""
     positions = layout.positions(place)
     bounds = torch.searchsorted(positions, torch.tensor([*layout.starts, layout.tokens])).tolist()
-    tokens, labels = [torch.empty(1, 0, dtype=torch.int64)], [torch.empty(1, 0, dtype=torch.int64)]
-    for number, index in enumerate(group.sequences):
-        here = positions[bounds[number] : bounds[number + 1]] - layout.starts[number]
-        if len(here):
-            whole = stream.read(batch.places[index])
-            tokens.append(whole.tokens[:, here])
-            labels.append(whole.labels[:, here])
-    return Shard(torch.cat(tokens, 1), torch.cat(labels, 1), layout, place, group.ranks, group.offload)
+    starts = zip(layout.starts, bounds, bounds[1:], strict=False)
+    return [positions[begin:end] - start for start, begin, end in starts]

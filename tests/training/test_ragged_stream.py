@@ -147,6 +147,15 @@ def test_a_sequence_that_needs_offloading_is_let_through_and_a_longer_one_is_not
         check_batching(load_config(None, [*overrides, "batching.solver=flexsp"]), shape)
 
 
+def test_batches_are_planned_with_the_strategies_of_the_run():
+    config = load_config(
+        None, ["model=demo-hybrid", "batching=flexsp", "parallel.linear=states_chain(ahead=true)"]
+    )
+    cost = batch_cost(config, model_config("demo-hybrid"), 2)
+    assert cost.strategies == {"linear_attention": "states_chain(ahead=True)", "full_attention": "ring"}
+    assert "changes of layout" in {share.name for share in cost.group(range(2)).shares([500])}
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

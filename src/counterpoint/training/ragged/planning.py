@@ -64,6 +64,7 @@ def batch_cost(config: TrainConfig, shape: ModelConfig, world_size: int) -> Batc
         state="zero1",
         dtype="bfloat16" if config.training.precision == "bfloat16" else "float32",
         tokens_per_rank=tokens_per_rank(config),
+        linear=config.parallel.linear,
     )
 
 

@@ -1,3 +1,4 @@
+import pickle
 import time
 
 import pytest
@@ -5,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counterpoint.cluster.load import parse_cluster
+from counterpoint.cluster.presets import find_cluster
 
 DEVICES = """
 devices:
@@ -254,3 +256,14 @@ def test_many_thousand_devices_cost_no_more_than_their_description():
     assert cluster.route(0, 65_535).bytes_per_second == 50e9
     assert cluster.route(65_535, 65_528).level == "node"
     assert time.process_time() - start < 0.2
+
+
+def test_what_has_been_found_about_a_cluster_does_not_travel_with_it():
+    pod = find_cluster("dgx-h100-pod")
+    route, numbers = pod.ways.between(0, 9)
+    assert route == pod.route(0, 9) and len(numbers) == len(route.resources)
+    assert [pod.ways.capacities[n] for n in numbers] == [r.bytes_per_second for r in route.resources]
+    shared = set(numbers) & set(pod.ways.between(0, 17)[1])
+    assert shared == {n for n, r in zip(numbers, route.resources) if r in pod.route(0, 17).resources}
+    copied = pickle.loads(pickle.dumps(pod))
+    assert copied == pod and "ways" not in vars(copied)

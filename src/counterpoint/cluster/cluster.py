@@ -7,10 +7,11 @@ pair of ranks: a pod of thousands of devices costs no more than the description 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from counterpoint.cluster.curves import Curve
 from counterpoint.cluster.device import Device
@@ -104,6 +105,34 @@ class Route:
         return self.latency_seconds + (nbytes / self.flow_bytes_per_second(nbytes) if nbytes else 0.0)
 
 
+class Ways:
+    """Routes of a cluster that have been asked for, their resources by number, and the bytes/s of these."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.capacities: dict[int, float] = {}
+        self._found: dict[tuple[int, int], tuple[Route, tuple[int, ...]]] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self._next = itertools.count()
+
+    def between(self, source: int, destination: int) -> tuple[Route, tuple[int, ...]]:
+        """The route from one rank to another, and the numbers of its resources."""
+        way = self._found.get((source, destination))
+        if way is None:
+            route = self.cluster.route(source, destination)
+            passed = tuple([self.number(r, r.bytes_per_second) for r in route.resources])
+            way = self._found[source, destination] = route, passed
+        return way
+
+    def number(self, resource: Hashable, capacity: float) -> int:
+        """The number of a resource, which may be one that the cluster does not know."""
+        number = self._numbers.get(resource)
+        if number is None:
+            number = self._numbers.setdefault(resource, next(self._next))  # a thread may have been faster
+            self.capacities[number] = capacity
+        return number
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Devices and levels, innermost level first; see docs/cluster.md for the file format.
@@ -138,6 +167,18 @@ class Cluster:
     def _flows(self) -> tuple[Curve | None, ...]:
         """What one flow attains at each level once its latency has passed."""
         return tuple(k.attained.without(k.latency_seconds) if k.attained else None for k in self.levels)
+
+    @cached_property
+    def _has_bus(self) -> bool:
+        return any(level.link == "bus" for level in self.levels)
+
+    @cached_property
+    def ways(self) -> Ways:
+        return Ways(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What makes the cluster; what has been found about it stays here."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @cached_property
     def _sides(self) -> dict[tuple[int, int, str], tuple[Resource, ...]]:
@@ -236,7 +277,9 @@ class Cluster:
             where = (source // self.sizes[tier], source // step, destination // step)
             crossing = (Resource("link", tier, where, "out", top.bytes_per_second),)
         leave, arrive = self._side(tier, source, "out"), self._side(tier, destination, "in")
-        resources = tuple(dict.fromkeys(leave + crossing + arrive))
+        resources = leave + crossing + arrive
+        if self._has_bus:  # which is passed once, be it on the way out or in
+            resources = tuple(dict.fromkeys(resources))
         ends = (tier, source, destination)
         return self._finish(resources, top.latency_seconds, top.level, self._flows[tier], ends)
 

@@ -17,7 +17,7 @@ from counterpoint.simulator.cost import Cost, Costs, KernelCosts
 from counterpoint.simulator.fold import Symmetry
 from counterpoint.simulator.meetings import Meeting, Message, meet
 from counterpoint.simulator.program import COPY, EXCHANGE, MEETING, RECV, SEND, TIMED, Array, Program, lists
-from counterpoint.simulator.routes import DEVICE, Asymmetric, Routes, Ways
+from counterpoint.simulator.routes import DEVICE, Asymmetric, Routes
 
 Collectives = Literal["direct", "measured"]
 Key = tuple[int, int, str]  # source as the receiver sees it, the rank that stands for the receiver, channel
@@ -184,11 +184,11 @@ class Compiler:
 
     def _routes(self, pairs: set[tuple[int, int]]) -> Routes:
         """Routes under the strongest symmetry that schedules and cluster share; sets `joint` and `turns`."""
-        ordered, ways = sorted(pairs), Ways()
+        ordered = sorted(pairs)
         for joint in self.symmetry.weaker():
             turns, tried = self.symmetry.copies(joint), -1
             try:
-                routes = Routes(self.cluster, self.places, joint, ways)
+                routes = Routes(self.cluster, self.places, joint)
                 for source, destination in ordered:
                     tried += 1
                     for turn in turns:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,21 +19,6 @@ class Asymmetric(Exception):
     """The cluster does not look the same to ranks whose schedules are alike."""
 
 
-@dataclass(slots=True)
-class Ways:
-    """What has been found on a cluster, to be shared: routes, and resources with their capacities in bytes/s."""
-
-    routes: dict[tuple[int, int], tuple[Route, Passes]] = field(default_factory=dict)
-    numbers: dict[Hashable, int] = field(default_factory=dict)
-    capacities: list[float] = field(default_factory=list)
-
-    def number(self, resource: Hashable, capacity: float) -> int:
-        number = self.numbers.setdefault(resource, len(self.capacities))
-        if number == len(self.capacities):
-            self.capacities.append(capacity)
-        return number
-
-
 class Routes:
     """Routes by number, each found once; one per pair of ranks, and one per rank, tier and direction of copies.
 
@@ -42,11 +26,8 @@ class Routes:
     instance for each of them. Raises Asymmetric when instances differ.
     """
 
-    def __init__(
-        self, cluster: Cluster, places: Sequence[int], symmetry: Symmetry, ways: Ways | None = None
-    ) -> None:
+    def __init__(self, cluster: Cluster, places: Sequence[int], symmetry: Symmetry) -> None:
         self.cluster, self.places, self.symmetry = cluster, places, symmetry
-        self._ways = ways or Ways()
         self._instances: list[list[Passes]] = []
         self._arrays: tuple[int, tuple[Array, Array, Array, Array]] | None = None  # of how many routes
         self._pairs: dict[tuple[int, int], tuple] = {}
@@ -75,7 +56,7 @@ class Routes:
             first: Route | None = None
             passes: list[Passes] = []
             for there in zip(self._orbit(source), self._orbit(destination), strict=True):
-                route, passed = self._way(*there)
+                route, passed = self.cluster.ways.between(self.places[there[0]], self.places[there[1]])
                 first = first or route
                 if route.latency_seconds != first.latency_seconds or route.flow != first.flow:
                     raise Asymmetric
@@ -89,15 +70,6 @@ class Routes:
             self._orbits[rank] = [self.symmetry.turned(rank, turn) for turn in self.symmetry.turns()]
         return self._orbits[rank]
 
-    def _way(self, source: int, destination: int) -> tuple[Route, Passes]:
-        ends, ways = (source, destination), self._ways
-        way = ways.routes.get(ends)
-        if way is None:
-            route = self.cluster.route(self.places[source], self.places[destination])
-            passed = tuple([ways.number(r, r.bytes_per_second) for r in route.resources])
-            way = ways.routes[ends] = route, passed
-        return way
-
     def copy(self, rank: int, source: str, target: str, nbytes: int) -> tuple[int, float, float]:
         """The same for a copy between memory tiers; copies of one rank in one direction share that way."""
         device = self.cluster.device(self.places[rank])
@@ -105,7 +77,8 @@ class Routes:
         tier = device.memory[0] if outer == DEVICE else device.tier(outer)
         key = (rank, source, target)
         if key not in self._copies:
-            self._copies[key] = self._add([(self._ways.number(key, tier.attained.maximum),)])
+            way = ("copies", self.places[rank], source, target)
+            self._copies[key] = self._add([(self.cluster.ways.number(way, tier.attained.maximum),)])
         moved = nbytes if source != target else 2 * nbytes  # within a tier every byte is read and written
         limit = tier.attained.at(moved) * nbytes / moved if moved else tier.attained.maximum
         return self._copies[key], device.launch_seconds, limit
@@ -122,7 +95,7 @@ class Routes:
         """
         if self._arrays and self._arrays[0] == len(self._instances):
             return self._arrays[1]
-        capacities = self._ways.capacities
+        capacities = self.cluster.ways.capacities
         uses: dict[int, dict[int, int]] = {}
         for number, instances in enumerate(self._instances):
             for passes in instances:

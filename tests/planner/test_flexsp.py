@@ -58,6 +58,22 @@ def test_the_milp_equals_brute_force(seed: int) -> None:
     assert gaps == sorted(gaps, reverse=True)
 
 
+def test_the_bound_of_64_ranks_is_close() -> None:
+    """All ranks together bound the time: without that the relaxation spreads over groups that cannot all exist."""
+    cost = small_cost(64)
+    lengths = [int(x) for x in np.minimum(np.random.default_rng(5).lognormal(8, 0.8, 30), 50_000)]
+    task = Task.of(range(30), lengths, cost)
+    found = search(task)
+    assert found is not None
+    model = MicroBatchMilp(task, cost)
+    start = model.start(found)
+    assert start is not None
+    result = model.program.solve(checks=20, gap=1e-6, start=start, seconds=60)
+    work = sum(min(d * task.seconds(d, [k]) for d in task.costs) for k in range(30)) / 64
+    assert 0.8 * work <= result.bound <= result.objective <= start[model.slowest] * (1 + 1e-9)
+    assert result.gap < 0.15
+
+
 LENGTHS = st.lists(st.integers(1, 4000), min_size=1, max_size=40)
 LONG = st.lists(st.integers(4096, 32768), max_size=2)
 

@@ -2,6 +2,10 @@
 
 m_p: group p is used. A_qp: how many sequences of bucket q it gets. Minimise C subject to time_p <= C and memory for
 every p, sum_p d_p m_p <= N, sum_q A_qp <= K m_p, sum_p A_qp = size of bucket q.
+
+Added without loss of solutions: sum_p d_p time_p <= N C, as no more than N ranks work at a time (virtual groups have
+several times as many, over which the relaxation would spread everything); and of equal groups the first ones are used
+and get the most of the longest sequences.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ class MicroBatchMilp:
                 most = min(count, d * task.capacity // int(bounds.lengths[q]))
                 row.append(program.variable(f"A{q}_{p}", 0, most, integer=True))
             self.given.append(row)
+        area: dict[str, dict[int, float]] = {}  # rank-seconds of all groups together
         for p, d in enumerate(self.sizes):
             m, row = self.used[p], self.given[p]
             compute, exposed, travelling = (
@@ -59,11 +64,16 @@ class MicroBatchMilp:
                 for number, other in enumerate(then):
                     terms = {a: one.get(a, 0.0) + other[a] for a in other}
                     program.row(f"{name}{number or ''}_{p}", {**terms, self.slowest: -1.0}, upper=0.0)
+                    whole = area.setdefault(f"{name}{number or ''}", {})
+                    whole.update({a: d * seconds for a, seconds in terms.items()})
             tokens = {a: float(s) for a, s in zip(row, bounds.lengths, strict=True)}
             program.row(f"memory{p}", {**tokens, m: -float(d * task.capacity)}, upper=0.0)
             program.row(f"member{p}", {**dict.fromkeys(row, 1.0), m: -float(sum(counts))}, upper=0.0)
             if p and self.sizes[p - 1] == d:  # groups of one size are alike: use the first ones
                 program.row(f"order{p}", {self.used[p - 1]: 1.0, m: -1.0}, lower=0.0)
+                program.row(f"longest{p}", {self.given[p - 1][0]: 1.0, row[0]: -1.0}, lower=0.0)
+        for name, terms in area.items():
+            program.row(f"area_{name}", {**terms, self.slowest: -float(task.ranks)}, upper=0.0)
         program.row("ranks", {m: float(d) for m, d in zip(self.used, self.sizes)}, upper=float(task.ranks))
         for q, count in enumerate(counts):
             program.row(f"bucket{q}", {row[q]: 1.0 for row in self.given}, count, count)
@@ -77,7 +87,11 @@ class MicroBatchMilp:
         for p, d in enumerate(self.sizes):
             free.setdefault(d, []).append(p)
         slowest = self.task.state
-        for d, members in assignment.groups:
+
+        def longest(group: tuple[int, tuple[int, ...]]) -> int:
+            return sum(bucket_of[k] == 0 for k in group[1])
+
+        for d, members in sorted(assignment.groups, key=longest, reverse=True):
             p = free[d].pop(0)
             values[self.used[p]] = 1.0
             counts = np.zeros(len(self.buckets), dtype=np.int64)

@@ -62,8 +62,8 @@ def core_device(size: int, series: Mapping[str, Series], slowdown: float) -> Dev
 
 
 def process_level(ranks: int, series: Mapping[str, Series]) -> Level:
-    """Processes on one machine, by the series of their messages."""
-    return _process_level(ranks, series, {}, {})
+    """Processes on one machine in the middle of training, by the series of their messages."""
+    return _process_level(ranks, series, {}, {}, busy=True)
 
 
 def _device(
@@ -96,13 +96,22 @@ def _device(
 
 
 def _process_level(
-    ranks: int, series: Mapping[str, Series], collectives: Mapping[str, Series], comments: Comments
+    ranks: int,
+    series: Mapping[str, Series],
+    collectives: Mapping[str, Series],
+    comments: Comments,
+    busy: bool = False,
 ) -> Level:
-    """Processes on one machine: a message costs the same to everybody, and all share what the machine can copy."""
+    """Processes on one machine: a message costs the same to everybody, and all share what the machine can copy.
+
+    busy: a small message takes what it does on average, rather than on a quiet machine.
+    """
     there, back = series["0-1"], series["1-0"]
     both = pooled([there, back])
     trip, step = series["latency"].points[0].quiet, series["step"].points[0]
-    latency = step.quiet / step.size  # with the executor's part, which the bare transport does not have
+    latency = (
+        step.typical if busy else step.quiet
+    ) / step.size  # with the executor's part, which the bare transport does not have
     curve = _whole_time(both, trip, latency)
     exchange = series["exchange"]
     totals = sorted(ranks * p.size / max(p.quiet - trip / 2, 0.1 * p.quiet) for p in _large(exchange))

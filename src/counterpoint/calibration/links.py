@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from threading import Event, Thread
 
 import torch
 import torch.distributed as dist
@@ -21,10 +23,11 @@ ROUNDS = 4  # of messages there and back in a schedule
 
 
 def measure_links(
-    executor: Executor, effort: Effort, advance: Advance, collectives: bool = True
+    executor: Executor, effort: Effort, advance: Advance, training: bool = False
 ) -> dict[str, Series]:
-    """Series of messages between ranks 0 and 1, of all ranks exchanging at once, and of collectives if wanted.
+    """Series of messages between ranks 0 and 1, of all ranks exchanging at once, and of collectives.
 
+    training: as a training step meets them, where a small message finds the cores at work; without collectives.
     Collective over the ranks of the executor's transport; all of them return the same.
     """
     bench = _Bench(executor, effort)
@@ -40,8 +43,10 @@ def measure_links(
         found[name] = Series("bytes", tuple(points))
 
     series("link/latency", [(1, "1 byte there and back", bench.there_and_back(1, 0, 1))])
-    steps = 2 * ROUNDS
-    series("link/step", [(steps, f"1 value there and back, {ROUNDS} times, as a schedule", bench.schedule())])
+    steps, while_busy = 2 * ROUNDS, ", while all ranks compute" if training else ""
+    label = f"1 value there and back, {ROUNDS} times, as a schedule{while_busy}"
+    with computing() if training else nullcontext():
+        series("link/step", [(steps, label, bench.schedule())])
     for source, to in ((0, 1), (1, 0)):
         cases = [
             (k, f"{_size(k)} from rank {source} to {to}, 1 byte back", bench.there_and_back(k, source, to))
@@ -49,7 +54,7 @@ def measure_links(
         ]
         series(f"link/{source}-{to}", cases)
     series("link/exchange", [(k, f"{_size(k)} to the next of {n}", bench.exchange(k)) for k in sizes])
-    if not collectives:
+    if training:
         return found
     each = [k for k in sizes if k >= 2**13]
     for kind in ("all_gather", "all_to_all", "reduce_scatter"):
@@ -63,6 +68,25 @@ def measure_links(
         cases = [(size, f"{_size(size)} on each of {n}", bench.library(kind, size)) for size in each]
         series(f"collective/{kind}", cases)
     return found
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Computes beside the caller, on a thread of its own."""
+    over = Event()
+
+    def work() -> None:
+        x = torch.randn(256, 256)
+        while not over.is_set():
+            x @ x
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class _Bench:

@@ -42,6 +42,13 @@ class Point:
         return self.seconds[0]
 
     @property
+    def typical(self) -> float:
+        """The mean of the middle half: what it takes with the usual disturbance, without rare ones."""
+        quarter = len(self.seconds) // 4
+        middle = self.seconds[quarter : len(self.seconds) - quarter]
+        return sum(middle) / len(middle)
+
+    @property
     def median(self) -> float:
         return self.quantile(0.5)
 

@@ -1,8 +1,8 @@
 """What the training step of one configuration is made of, measured on this machine: kernels, modules, messages.
 
-Every kernel that occurs in the schedules of the step is timed at its own size, the modules of the model by a step of
-the trainer with attention left out, messages as `calibrate` does, all ranks at work at once. From these parts the
-simulator predicts the step, on this machine, before it runs.
+The kernels of attention are timed in the order of their schedules, the modules of the model by a step of the trainer
+with attention left out, messages as `calibrate` does, all ranks at work at once. From these parts the simulator
+predicts the step, on this machine, before it runs.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ from counterpoint.cluster.device import Device
 from counterpoint.files import cache_directory, write_whole
 from counterpoint.kernels.kernel import Kernel, TensorSpec
 from counterpoint.kernels.module import Module
-from counterpoint.kernels.pointwise import After
-from counterpoint.schedule.schedule import Compute
 from counterpoint.simulator.cost import Cost, Costs, KernelCosts
-from counterpoint.strategies.step import TrainStep, step_schedule
+from counterpoint.strategies.step import TrainStep
 
-FORMAT = 1  # raised when what is measured, or how, changes
+FORMAT = 2  # raised when what is measured, or how, changes
 
 
 @dataclass(frozen=True, slots=True)
 class StepCalibration:
     """Times of everything a step is made of; `series` are named kernel/..., module/..., core/... and link/...
 
+    What is named processor/... is the processor's time, the rest that of the wall with all ranks at work.
     undisturbed: share of the time in which the workers had the cores that are theirs; below 1, other programs ran.
     """
 
@@ -70,10 +69,9 @@ class StepCalibration:
     def costs(self) -> Costs:
         """Measured times of kernels and modules; what was not measured follows the device's curves."""
         times = {
-            name.partition("/")[2]: s.points[0].quiet * self.slowdown
-            for prefix in ("kernel/", "module/")
-            for name, s in self.series.items()
-            if name.startswith(prefix)
+            key: s.points[0].typical * (self.slowdown if prefix == "processor/" else 1.0)
+            for prefix in ("kernel/", "module/", "processor/")
+            for key, s in self.points(prefix).items()
         }
 
         def of(device: Device) -> Cost:
@@ -101,20 +99,6 @@ class StepCalibration:
 def kernel_key(kernel: Kernel, inputs: Sequence[TensorSpec]) -> str:
     """What tells one measured kernel from another."""
     return f"{kernel!r} of {', '.join(map(str, inputs))}"
-
-
-def kernels_of(step: TrainStep) -> dict[str, tuple[Kernel, tuple[TensorSpec, ...]]]:
-    """The kernels that a step's schedules run themselves, each once, in the same order on every rank."""
-    found: dict[str, tuple[Kernel, tuple[TensorSpec, ...]]] = {}
-    for rank in range(step.sequence_size):
-        schedule = step_schedule(step, rank)
-        for s in schedule.steps:
-            if isinstance(s, Compute) and not isinstance(s.kernel, Module | After):
-                inputs = tuple(schedule.values[name].spec for name in s.inputs)
-                work = s.kernel.work(*inputs)
-                if work.flops or work.nbytes or not s.kernel.aliases:
-                    found.setdefault(kernel_key(s.kernel, inputs), (s.kernel, inputs))
-    return found
 
 
 def calibrate_step(

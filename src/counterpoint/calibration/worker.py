@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,23 +87,27 @@ def _step(
     processes: Processes,
 ) -> dict[str, Any]:
     """The parts of one training step; see calibration/step.py."""
-    from counterpoint.calibration.modules import measure_kernels, measure_modules
-    from counterpoint.calibration.step import kernels_of, step_from_json
+    from counterpoint.calibration.modules import measure_attention, measure_modules
+    from counterpoint.calibration.step import step_from_json
 
     step, own = step_from_json(wanted["step"]), torch.get_num_threads() == 1
     share = Share()
     stopwatch = Stopwatch(own=own, share=share)
     together = _together(transport)
     advance("modules of the model")
-    found = measure_modules(step, processes, own)
-    found |= measure_kernels(kernels_of(step), effort, advance, together, stopwatch)
+    attention = partial(measure_attention, step, processes, advance, together, usable_cores())
+    first = attention()
+    found = measure_modules(step, processes)
     few = replace(effort, sizes=3)
     cpu, largest = torch.device("cpu"), 2**24
     device = measure_device(cpu, torch.float32, largest, few, advance, together, stopwatch)
     found |= {f"core/{name}": s for name, s in device.items()}
+    links = measure_links(Executor(transport), effort, advance, training=True) if transport else {}
+    again = attention()  # some time later, since a machine's speed drifts
+    found |= {name: pooled([first[name], again[name]]) for name in first}
     everyone = processes.gather((found, share.value))
-    links = measure_links(Executor(transport), effort, advance, collectives=False) if transport else {}
-    series = {name: pooled([found[name] for found, _ in everyone]) for name in found if everyone}
+    names = dict.fromkeys(name for found, _ in everyone for name in found)  # ranks have kernels of their own
+    series = {name: pooled([f[name] for f, _ in everyone if name in f]) for name in names}
     cores = usable_cores() / processes.world_size if own else 1.0
     given = min((value for _, value in everyone), default=1.0) / min(1.0, cores)
     return {"undisturbed": min(1.0, given), "series": series | links}

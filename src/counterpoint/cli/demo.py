@@ -88,7 +88,7 @@ def _predicted(settings):
             "not on GPUs: counterpoint plan step --cluster FILE predicts by the figures of a cluster"
         )
         return None
-    found = predict_here(settings, os.environ)
+    found = predict_here(settings, os.environ, refresh=True)  # machines are not equally fast every day
     Console().print(f"a step will take {found.seconds:.3g} s, {found.tokens_per_second:,.0f} tokens/s")
     return found
 

@@ -76,9 +76,9 @@ def computing() -> Iterator[None]:
     over = Event()
 
     def work() -> None:
-        x = torch.randn(256, 256)
+        x, product = torch.randn(256, 256), torch.empty(256, 256)
         while not over.is_set():
-            x @ x
+            torch.mm(x, x, out=product)
 
     thread = Thread(target=work, daemon=True)
     thread.start()

@@ -132,15 +132,14 @@ class _State:
 
     def all_deltas(self) -> np.ndarray:
         """The same of all candidates, (k, n)."""
-        order = np.argsort(self.near, kind="stable")
-        d, d1, d2, w = self.d[order], self.d1[order, None], self.d2[order, None], self.w[order, None]
-        corr = w * np.where(d < d1, d1 - d2, np.minimum(0.0, d - d2))
-        counts = np.bincount(self.near, minlength=len(self.medoids))
-        parts = np.zeros((len(self.medoids), len(self.d)))
-        filled = np.flatnonzero(counts)
-        starts = np.concatenate([[0], np.cumsum(counts[filled])[:-1]])
-        parts[filled] = np.add.reduceat(corr, starts, axis=0)
-        acc = (w * np.minimum(0.0, d - d1)).sum(axis=0)
+        parts, acc = np.zeros((len(self.medoids), len(self.d))), np.zeros(len(self.d))
+        for m in range(len(self.medoids)):  # cluster by cluster, which stays in the cache
+            mine = np.flatnonzero(self.near == m)
+            d, w = self.d[mine], self.w[mine]
+            nearer, second = (np.minimum(d, x[mine, None]) - x[mine, None] for x in (self.d1, self.d2))
+            gained = w @ nearer
+            acc += gained
+            parts[m] = w @ second - gained
         return self.losses()[:, None] + acc[None, :] + parts
 
     def swap(self, place: int, x: int) -> None:

@@ -16,10 +16,9 @@ from counterpoint.calibration.step import kernel_key
 from counterpoint.calibration.timing import Advance
 from counterpoint.kernels.kernel import torch_dtype
 from counterpoint.model.decoder import Decoder
-from counterpoint.runtime.executor import Executor
+from counterpoint.runtime.executor import Executor, kernel_seconds
 from counterpoint.schedule.alone import without_messages
 from counterpoint.schedule.schedule import Compute, Schedule
-from counterpoint.schedule.timeline import Timeline
 from counterpoint.strategies.sequence.attention import backward_schedule, forward_schedule
 from counterpoint.strategies.step import TrainStep
 from counterpoint.training.config import TrainConfig, make_config
@@ -98,7 +97,7 @@ def measure_attention(
         """A round: its seconds, and those of every kernel."""
         together()
         began, processor = time.perf_counter(), time.thread_time()
-        found = [pair for alone, inputs in cases for pair in kernel_seconds(executor, alone, inputs)]
+        found = [pair for alone, inputs in cases for pair in _named(executor, alone, inputs)]
         own, processor = time.perf_counter() - began, time.thread_time() - processor
         total = processes.sum(processor)[0]  # known when all ranks are through
         whole = time.perf_counter() - began
@@ -117,23 +116,12 @@ def measure_attention(
     return {f"kernel/{key}": _series(key, found) for key, found in times.items()}
 
 
-def kernel_seconds(
+def _named(
     executor: Executor, schedule: Schedule, inputs: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, float]]:
-    """Seconds of every kernel of a schedule; they add up to those of the whole call."""
-    timeline, began = Timeline(), time.perf_counter()
-    with torch.no_grad():
-        executor.run(schedule, inputs, timeline)
-    passed = time.perf_counter() - began
-    inside = sum(span.stop - span.start for span in timeline.spans)
-    between = max(0.0, passed - inside) / max(1, len(timeline.spans))
-    for stream, steps in schedule.streams.items():
-        spans = (span for span in timeline.spans if span.stream == stream)
-        for index, span in zip(steps, spans, strict=True):
-            step = schedule.steps[index]
-            if isinstance(step, Compute):
-                specs = [schedule.values[name].spec for name in step.inputs]
-                yield kernel_key(step.kernel, specs), span.stop - span.start + between
+    for step, seconds in zip(schedule.steps, kernel_seconds(executor, schedule, inputs), strict=True):
+        if isinstance(step, Compute):
+            yield kernel_key(step.kernel, [schedule.values[name].spec for name in step.inputs]), seconds
 
 
 def _series(label: str, seconds: list[float]) -> Series:

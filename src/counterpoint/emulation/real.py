@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ from counterpoint.emulation.scale import (
 )
 from counterpoint.emulation.worker import Pass, Run, full_inputs
 from counterpoint.kernels.kernel import Kernel, TensorSpec, torch_dtype
-from counterpoint.schedule.schedule import Compute, Schedule
+from counterpoint.schedule.alone import without_messages
+from counterpoint.schedule.schedule import Compute, Copy, Schedule
 from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, forward_schedule
 
 if TYPE_CHECKING:
@@ -90,6 +92,32 @@ def worst_difference(run: Run) -> float:
         ((results[name] - x.transpose(1, 2)).abs().max() / x.abs().max()).item()
         for name, x in expected.items()
     )
+
+
+class Alone:
+    """What a rank's kernels take, run in the order of its schedule but without messages."""
+
+    def __init__(self, schedule: Schedule, given: Mapping[str, Tensor]) -> None:
+        import torch
+
+        from counterpoint.runtime.executor import Executor
+
+        self.schedule, self.alone, self.executor = schedule, without_messages(schedule), Executor(None)
+        self.inputs = {
+            v.name: given.get(v.name, torch.randn(v.spec.shape).to(torch_dtype(v.spec.dtype)))
+            for v in self.alone.inputs
+        }
+        self.rounds: list[list[float]] = []
+
+    def measure(self) -> None:
+        from counterpoint.runtime.executor import kernel_seconds
+
+        self.rounds.append(kernel_seconds(self.executor, self.alone, self.inputs))
+
+    def seconds(self) -> list[float]:
+        """Of every step of the schedule, the median of all rounds but the first; 0 for messages."""
+        middle = iter(median(times) for times in zip(*self.rounds[1:], strict=True))
+        return [next(middle) if isinstance(step, Compute | Copy) else 0.0 for step in self.schedule.steps]
 
 
 def _schedules(problem: AttentionProblem, which: Pass) -> list[Schedule]:

@@ -119,6 +119,7 @@ def work(job: Job, rank: int) -> None:
 def _carry_out(run: Run, rank: int, executor: Executor, transport: Transport) -> None:
     import torch
 
+    from counterpoint.emulation.real import Alone
     from counterpoint.schedule.timeline import Timeline
 
     given = _inputs(run, rank)
@@ -127,19 +128,21 @@ def _carry_out(run: Run, rank: int, executor: Executor, transport: Transport) ->
     passes = run.passes if run.held or "forward" in run.passes else ("forward", *run.passes)
     for which in passes:
         schedule = run.schedule(which, rank)
-        if not run.held:  # all ranks at once, as they will share the machine
-            from counterpoint.emulation.real import measure
-
-            start_together(transport)
-            run.seconds_file(which, rank).write_text(json.dumps(measure(schedule)))
+        alone = None if run.held else Alone(schedule, given)
         for repetition in range(run.repetitions + 1):
             timeline = Timeline("measured")
             inputs = {value.name: _given(given, value) for value in schedule.inputs}
+            if (
+                alone is not None
+            ):  # all ranks at once, as they share the machine; in turns, since its speed drifts
+                start_together(transport)
+                alone.measure()
             start_together(transport)
             made = executor.run(schedule, inputs, timeline)
             if repetition:
                 timeline.write(run.timeline_file(which, repetition, rank))
-        if not run.held:
+        if alone is not None:
+            run.seconds_file(which, rank).write_text(json.dumps(alone.seconds()))
             given |= made
             results |= {name: made[name] for name in ("out", "dq", "dk", "dv") if name in made}
     if not run.held:

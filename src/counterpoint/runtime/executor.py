@@ -281,6 +281,24 @@ class _Inbox:
             self.post()
 
 
+def kernel_seconds(executor: Executor, schedule: Schedule, inputs: Mapping[str, Tensor]) -> list[float]:
+    """Runs a schedule without messages (schedule/alone.py); seconds of every step, which add up to the whole call.
+
+    What the executor spends between steps is dealt out evenly.
+    """
+    timeline, began = Timeline(), perf_counter()
+    with torch.no_grad():
+        executor.run(schedule, inputs, timeline)
+    passed = perf_counter() - began
+    seconds = [0.0] * len(schedule.steps)
+    for stream, steps in schedule.streams.items():
+        spans = (span for span in timeline.spans if span.stream == stream)
+        for index, span in zip(steps, spans, strict=True):
+            seconds[index] = span.stop - span.start
+    between = max(0.0, passed - sum(seconds)) / max(1, len(seconds))
+    return [t + between for t in seconds]
+
+
 def check_tensor(name: str, tensor: Tensor, spec: TensorSpec) -> None:
     """Raise ValueError unless a tensor has the shape and dtype that a schedule expects."""
     given = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
@@ -292,4 +310,4 @@ def _nbytes(handles: list[Handle]) -> int:
     return sum(value.numel() * value.element_size() for _, value in handles)
 
 
-__all__ = ["Executor", "PeerFailure", "check_tensor", "span_name"]
+__all__ = ["Executor", "PeerFailure", "check_tensor", "kernel_seconds", "span_name"]

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+SCRATCH = "counterpoint-"  # how the folders of `scratch` are called
+ALIVE = ".alive"  # in them, locked by the process that made the folder
+YOUNG = 60.0  # seconds in which a folder may not have been locked yet
 
 
 def cache_directory(environ: Mapping[str, str]) -> Path:
@@ -25,3 +34,25 @@ def write_whole(path: Path, text: str) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch() -> Iterator[str]:
+    """A temporary folder, removed on the way out; those that killed processes have left are removed on the way in."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/{ALIVE}"):
+        if _abandoned(left):
+            shutil.rmtree(left.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, Path(folder, ALIVE).open("w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        yield folder
+
+
+def _abandoned(alive: Path) -> bool:
+    try:
+        if time.time() - alive.stat().st_mtime < YOUNG:
+            return False
+        with alive.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError:  # it is locked, another user's, or just gone
+        return False

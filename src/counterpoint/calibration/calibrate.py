@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from counterpoint.calibration.measurement import Calibration, Machine, Series, s
 from counterpoint.calibration.progress import Bar
 from counterpoint.calibration.stream import stream
 from counterpoint.calibration.timing import Effort
+from counterpoint.files import scratch
 from counterpoint.training.launch import launch
 
 TIMES_CACHE = 4  # an array of STREAM, in last-level caches
@@ -84,7 +84,7 @@ def run_workers(ranks: int, plan: Mapping[str, Any], environ: Mapping[str, str])
     Raises:
         WorkerFailure: a worker ended badly; KeyboardInterrupt: a stop signal ended them.
     """
-    with tempfile.TemporaryDirectory(prefix="counterpoint-") as folder:
+    with scratch() as folder:
         file, output = Path(folder, "plan.json"), Path(folder, "found.json")
         file.write_text(json.dumps({**plan, "output": str(output)}))
         if launch(["-m", "counterpoint", "calibrate", "--plan", str(file)], ranks, environ):

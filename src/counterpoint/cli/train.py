@@ -37,6 +37,7 @@ def train(
 
     Ctrl-C finishes the step and saves a checkpoint; the same command resumes, on any number of workers.
     """
+    from counterpoint.files import scratch
     from counterpoint.training.config import load_config
     from counterpoint.training.launch import launch, worker_from
 
@@ -59,9 +60,8 @@ def train(
     if world_size == 1:
         _finish(None, settings)
         return
-    import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="counterpoint-") as folder:
+    with scratch() as folder:
         resolved = Path(folder, "config.yaml")
         resolved.write_text(settings.to_yaml())
         code = launch(["-m", "counterpoint", "train", str(resolved)], world_size, os.environ, port)

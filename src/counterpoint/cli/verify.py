@@ -46,11 +46,10 @@ def verify(
 
 def prove(settings) -> bool:
     """Run the comparison on local workers, print it, and say whether it holds."""
-    import tempfile
-
     from rich.console import Console
 
     from counterpoint.cli.tables import verification_table
+    from counterpoint.files import scratch
     from counterpoint.training.launch import launch
     from counterpoint.training.verify import Verification
     from counterpoint.training.verify import verify as run
@@ -65,7 +64,7 @@ def prove(settings) -> bool:
     if world_size == 1:
         run(settings)
     else:
-        with tempfile.TemporaryDirectory(prefix="counterpoint-") as folder:
+        with scratch() as folder:
             file = Path(folder, "config.yaml")
             file.write_text(settings.to_yaml())
             launch(["-m", "counterpoint", "verify-worker", str(file)], world_size, os.environ)

@@ -8,7 +8,6 @@ and order are those of the whole batch.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -30,6 +29,7 @@ from counterpoint.emulation.scale import (
 )
 from counterpoint.emulation.topology import build_topology
 from counterpoint.emulation.worker import Job
+from counterpoint.files import scratch
 from counterpoint.model.config import ModelConfig
 from counterpoint.planner.batch import BatchPlan
 from counterpoint.planner.batch_schedule import batch_schedule
@@ -156,7 +156,7 @@ def emulate_batch(
     order = tuple(plans) * repetitions
     longest = max(real.values()) * scale.slowdown
     say(f"running {world_size} ranks, {len(order)} batches of up to {longest:.1f} s")
-    with tempfile.TemporaryDirectory(prefix="counterpoint-") as directory:
+    with scratch() as directory:
         with Namespaces(world_size + 1) as namespaces:
             network.set_up(namespaces, topology)
             programs = Programs(held, order, directory)

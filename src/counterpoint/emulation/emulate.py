@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from counterpoint.emulation.scale import (
 )
 from counterpoint.emulation.topology import build_topology
 from counterpoint.emulation.worker import Job, Pass, Run
+from counterpoint.files import scratch
 from counterpoint.schedule.schedule import Schedule
 from counterpoint.schedule.timeline import Timeline
 from counterpoint.simulator.simulate import simulate
@@ -131,7 +131,7 @@ def emulate_all(
     rates = {pair: rate / parts[0][1].rates for pair, rate in pair_rates(cluster, everything).items()}
     topology = build_topology(scaled_cluster(cluster, parts[0][1], 0.0), rates)
     say(f"building {world_size} namespaces and {len(topology.wires)} links")
-    with tempfile.TemporaryDirectory(prefix="counterpoint-") as directory:
+    with scratch() as directory:
         with Namespaces(world_size + 1) as namespaces:
             network.set_up(namespaces, topology)
             runs = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -187,9 +186,10 @@ def run_processes(cases: Sequence[AnyCase], environ: Mapping[str, str]) -> dict[
 
     Raises WorkerFailure (a RuntimeError) when a process fails.
     """
+    from counterpoint.files import scratch
     from counterpoint.training.launch import launch
 
-    with tempfile.TemporaryDirectory(prefix="counterpoint-") as folder:
+    with scratch() as folder:
         plan = Path(folder, "cases.json")
         plan.write_text(json.dumps([asdict(case) for case in cases]))
         ranks = max(case.ranks for case in cases)

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -23,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from counterpoint.files import scratch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -101,8 +102,8 @@ def launch(
 ) -> int:
     """Runs `python arguments...` as `world_size` workers and waits for them; no worker outlives the call.
 
-    SIGINT, SIGTERM and SIGHUP are passed on once, so that the workers can finish their step and save; a
-    second one kills them.
+    SIGINT, SIGTERM and SIGHUP are passed on once (SIGINT as SIGTERM), so that the workers can finish their step and
+    save; a second one kills them.
 
     Args:
         port: of the rendezvous on this machine; 0 takes a free one.
@@ -116,7 +117,7 @@ def launch(
     """
     listener = _listen(port)
     workers: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="counterpoint-") as errors, _Forward(workers) as forward:
+    with scratch() as errors, _Forward(workers) as forward:
         try:
             for rank in range(world_size):
                 env = _environment(environ, rank, world_size, listener, errors)
@@ -212,7 +213,12 @@ class _Forward:
         self.number = self.number or number
         for process in self.workers:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL if self.count > 1 else number)
+                process.send_signal(signal.SIGKILL if self.count > 1 else self.passed_on)
+
+    @property
+    def passed_on(self) -> int:
+        """Ends a worker whose interpreter still starts without a word; SIGINT would show a traceback."""
+        return signal.SIGTERM if self.number == signal.SIGINT else self.number
 
 
 def _listen(port: int) -> socket.socket:
@@ -262,7 +268,7 @@ def _wait(workers: list[subprocess.Popen[bytes]], forward: _Forward, grace: floa
 def _stopped(forward: _Forward) -> tuple[int, ...]:
     if not forward.number:
         return ()
-    return (128 + forward.number, -forward.number, *((-signal.SIGKILL,) if forward.count > 1 else ()))
+    return (128 + forward.passed_on, -forward.passed_on, *((-signal.SIGKILL,) if forward.count > 1 else ()))
 
 
 def _outcome(ends: list[int | None], forward: _Forward, reports: list[Report]) -> int:

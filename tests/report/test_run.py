@@ -1,11 +1,13 @@
 """The page of a run directory shows what the directory holds, and says what is missing or damaged."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from counterpoint.report.run import recorded_timelines, report_run
 from counterpoint.report.sections import Section
+from counterpoint.schedule.timeline import RECORDED, Span, Timeline
 
 
 @pytest.fixture
@@ -43,6 +45,24 @@ def test_two_timelines_of_a_run_are_compared(directory):
     html = report_run(directory, directory / "both.html", timelines=2).read_text()
     assert "Largest differences" in html
     assert "step 5" in html and "step 20" in html
+
+
+def test_a_recorded_part_is_compared_with_the_same_part_of_a_prediction(directory, tokenring):
+    """The trainer records the messages of attention; a predicted step sends parameters as well."""
+    attention = tokenring(2, source="simulated")
+    spans = [replace(s, phase="attention forward") for s in attention.spans]
+    state = Span(
+        0, "state", "collective", "gather", 0.0, 1e-3, nbytes=10**9, links=((1, 10**9),), phase="gather"
+    )
+    predicted = Timeline("simulated", [*spans, state], attention.memory)
+    for name, part in (("part", "attention"), ("whole", "")):
+        measured = tokenring(2, source="measured")
+        measured.meta |= {RECORDED: part} if part else {}
+        measured.write(directory / "timelines" / "step-00000030.json")
+        html = report_run(directory, directory / f"{name}.html", predicted=predicted).read_text()
+        assert ("Bytes sent for attention" in html) == bool(part)
+        assert ("Peak of a rank" in html) == (not part)
+        assert ("Both count the same bytes" in html) == bool(part)
 
 
 def test_files_for_perfetto_are_not_timelines(directory):

@@ -20,30 +20,49 @@ from counterpoint.report.units import (
     format_share,
     signed,
 )
-from counterpoint.schedule.timeline import Timeline
+from counterpoint.schedule.timeline import RECORDED, Timeline
 
 MOST_MEMORY_LINES = 8
 _COLOURS = {"compute": "--compute", "exposed": "--exposed", "idle": "--idle"}
 
 
+def part_recorded(timelines: dict[str, Timeline]) -> str:
+    """The part of a step whose messages and memory one of the timelines is limited to; "" for the whole."""
+    return next((part for t in timelines.values() if (part := t.meta.get(RECORDED, ""))), "")
+
+
+def messages_of(part: str, timeline: Timeline) -> Timeline:
+    """The timeline without the messages of other parts of the step, so that its bytes can be compared."""
+    if not part:
+        return timeline
+    spans = [s for s in timeline.spans if not s.phase or s.phase.startswith(part)]
+    return Timeline(timeline.source, spans, timeline.memory, timeline.meta)
+
+
 def cards(timelines: dict[str, Timeline]) -> str:
-    """The figures to read first: time, shares over all ranks, bytes and peak; of two timelines, both."""
-    shown = list(timelines.values())
-    figures = []
+    """The figures to read first: time, shares over all ranks, bytes and peak; of two timelines, both.
+
+    Where one recorded a part of a step only, bytes of both are of that part, and peaks are left out.
+    """
+    shown, part, figures = list(timelines.values()), part_recorded(timelines), []
+    sent = f"Bytes sent for {part}" if part else "Bytes sent"
     for t in shown:
         ranks = t.ranks
         total = {c: sum(t.categories(rank)[c] for rank in ranks) for c in CATEGORIES}
         whole = t.seconds * len(ranks)
+        traffic = messages_of(part, t).bytes_by_link().values()
         figures.append(
             {
                 "Time": format_seconds(t.seconds),
                 "Computing": format_share(total["compute"], whole),
                 "Traffic hidden": format_share(total["hidden"], total["hidden"] + total["exposed"]),
                 "Time exposed": format_share(total["exposed"], whole),
-                "Bytes sent": format_bytes(sum(t.bytes_by_link().values())),
-                "Peak of a rank": format_bytes(max((t.peak_bytes(rank) for rank in ranks), default=0)),
+                sent: format_bytes(sum(traffic)),
             }
         )
+        if not part or len(shown) == 1:
+            peak = max((t.peak_bytes(rank) for rank in ranks), default=0)
+            figures[-1][f"Peak of {part}" if part else "Peak of a rank"] = format_bytes(peak)
     items = []
     for name, first in (figures[0] if figures else {}).items():
         values = [f"<b>{first}</b>"]
@@ -105,6 +124,8 @@ def _category_differences(timelines: dict[str, Timeline]) -> str:
 
 def links(timelines: dict[str, Timeline]) -> str:
     """A heat map of payload bytes for each timeline; of two, also the lines in which they differ."""
+    part = part_recorded(timelines)
+    timelines = {name: messages_of(part, t) for name, t in timelines.items()}
     shown = list(timelines.values())
     largest = max((n for t in shown for n in t.bytes_by_link().values()), default=0)
     ranks = all_ranks(shown)

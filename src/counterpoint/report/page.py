@@ -76,8 +76,15 @@ def _timeline_blocks(timelines: dict[str, Timeline], named: bool) -> str:
         "exposed and idle add up to the whole.</p>"
     )
     parts.append(blocks.categories(timelines))
-    parts += ["<h2>Bytes per link</h2>", blocks.links(timelines)]
-    parts += ["<h2>Memory</h2>", blocks.memory(timelines)]
+    part = blocks.part_recorded(timelines)
+    only = f'<p class="note">Of {escape(part)} alone; {{}}.</p>' if part else ""
+    parts += ["<h2>Bytes per link</h2>", only.format("parameters and gradients travel beside it")]
+    parts.append(blocks.links(timelines))
+    parts += [
+        "<h2>Memory</h2>",
+        only.format("what was predicted holds the model's state as well") if compared else "",
+    ]
+    parts.append(blocks.memory(timelines))
     parts.append(f"<h2>{'Largest differences' if compared else 'Longest steps'}</h2>")
     parts.append(blocks.steps(timelines))
     facts = [(k, *[plain(t.meta.get(k, "")) for t in timelines.values()]) for k in _meta_keys(timelines)]

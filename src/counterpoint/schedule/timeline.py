@@ -54,6 +54,10 @@ class MemoryEvent:
     live_bytes: int
 
 
+# in a timeline's meta: the part of a step whose messages and memory were recorded, when not all of them were
+RECORDED = "messages and memory of"
+
+
 class Pending(Protocol):
     """What happened, ready to be written as spans and memory events when somebody asks for them."""
 

@@ -15,7 +15,7 @@ import torch
 from counterpoint.model.config import ModelConfig
 from counterpoint.model.decoder import Decoder
 from counterpoint.planner.batch import BatchPlan
-from counterpoint.schedule.timeline import Timeline
+from counterpoint.schedule.timeline import RECORDED, Timeline
 from counterpoint.training import checkpoint
 from counterpoint.training.config import TrainConfig
 from counterpoint.training.corpus import Corpus, open_corpus, open_rows
@@ -267,6 +267,7 @@ def write_timeline(timeline: Timeline, run: Run, plan: BatchPlan | None = None) 
             "data": parallel.data,
             "sequence": list(parallel.sequence),
             "sequence_length": run.config.data.sequence_length,
+            RECORDED: "attention",  # the parameters' own messages and memory are torch's
         }
         if plan is not None:
             whole.meta |= {"layout": LAYOUT, "plan": plan.to_json()}

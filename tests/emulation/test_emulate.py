@@ -129,6 +129,16 @@ def namespaces_in_use() -> set[str]:
     return found
 
 
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # a shell's background job ignores SIGINT, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 def children(pid: int) -> list[int]:
     try:
         return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -169,14 +179,15 @@ def test_a_run_that_is_stopped_leaves_nothing(number):
         "--repetitions",
         "50",
     ]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start(arguments)
     try:
         workers = workers_in_namespaces(process.pid, 2)
         time.sleep(1.0)
         process.send_signal(number)
-        process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=30)
     finally:
         process.kill()
+    assert b"Traceback" not in errors
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     end = time.monotonic() + 10
     while any(state(pid) not in ("", "Z") for pid in workers) or namespaces_in_use() & set(workers.values()):
@@ -189,7 +200,7 @@ def test_a_run_that_is_stopped_leaves_nothing(number):
 def test_a_run_that_is_stopped_while_it_builds_leaves_nothing():
     before, used = host_links(), namespaces_in_use()
     arguments = ["--cluster", "ascend-full-mesh", "--tokens", "24000"]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start(arguments)
     end = time.monotonic() + 60
     while not (mine := [fd for fd in Path(f"/proc/{process.pid}/fd").glob("*") if _is_namespace(fd)]):
         assert time.monotonic() < end and process.poll() is None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-from counterpoint.kernels.kernel import Kernel, TensorSpec, Work, register, torch_dtype
+from counterpoint.kernels.kernel import Kernel, TensorSpec, ViewKernel, Work, register, torch_dtype
 
 
 @register("flatten")
@@ -31,7 +31,7 @@ class Flatten(Kernel):
 
 @register("flat_part")
 @dataclass(frozen=True, slots=True)
-class FlatPart(Kernel):
+class FlatPart(ViewKernel):
     """A stretch of a row, seen in a shape."""
 
     start: int
@@ -39,13 +39,6 @@ class FlatPart(Kernel):
 
     def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
         return (TensorSpec(self.shape, inputs[0].dtype),)
-
-    @property
-    def aliases(self) -> dict[int, int]:
-        return {0: 0}
-
-    def work(self, *inputs: TensorSpec) -> Work:
-        return Work()
 
     def run(self, *inputs):
         return (inputs[0][self.start : self.start + prod(self.shape)].view(self.shape),)

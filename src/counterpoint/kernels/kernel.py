@@ -112,6 +112,18 @@ class Kernel:
         return kernel_name(type(self))
 
 
+@dataclass(frozen=True, slots=True)
+class ViewKernel(Kernel):
+    """Base of kernels whose result is a view of their first input: nothing is launched for it."""
+
+    @property
+    def aliases(self) -> dict[int, int]:
+        return {0: 0}
+
+    def work(self, *inputs: TensorSpec) -> Work:
+        return Work()
+
+
 _REGISTRY: dict[str, type[Kernel]] = {}
 K = TypeVar("K", bound=type[Kernel])
 

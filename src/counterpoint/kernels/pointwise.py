@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from counterpoint.kernels.kernel import Kernel, TensorSpec, Work, register
+from counterpoint.kernels.kernel import Kernel, TensorSpec, ViewKernel, Work, register
 
 
 @register("silu")
@@ -143,18 +143,11 @@ class Empty(Kernel):
 
 @register("after")
 @dataclass(frozen=True, slots=True)
-class After(Kernel):
+class After(ViewKernel):
     """(value, other) -> the value, once the other exists: order where there is no flow of data."""
 
     def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
         return inputs[:1]
-
-    @property
-    def aliases(self) -> dict[int, int]:
-        return {0: 0}
-
-    def work(self, *inputs: TensorSpec) -> Work:
-        return Work()
 
     def run(self, *inputs):
         return inputs[:1]

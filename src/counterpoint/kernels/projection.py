@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-from counterpoint.kernels.kernel import Kernel, TensorSpec, Work, register, torch_dtype
+from counterpoint.kernels.kernel import Kernel, TensorSpec, ViewKernel, Work, register, torch_dtype
 
 
 def _product(*inputs: TensorSpec) -> int:
@@ -20,7 +20,7 @@ def _product(*inputs: TensorSpec) -> int:
 
 @register("view")
 @dataclass(frozen=True, slots=True)
-class View(Kernel):
+class View(ViewKernel):
     """The same numbers with other dims behind the first two, and with `lead` also other first two."""
 
     tail: tuple[int, ...]
@@ -28,13 +28,6 @@ class View(Kernel):
 
     def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
         return (TensorSpec((*(self.lead or inputs[0].shape[:2]), *self.tail), inputs[0].dtype),)
-
-    @property
-    def aliases(self) -> dict[int, int]:
-        return {0: 0}
-
-    def work(self, *inputs: TensorSpec) -> Work:
-        return Work()
 
     def run(self, *inputs):
         return (inputs[0].reshape(*(self.lead or inputs[0].shape[:2]), *self.tail),)

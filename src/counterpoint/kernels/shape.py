@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from counterpoint.kernels.kernel import Kernel, TensorSpec, Work, register, torch_dtype
+from counterpoint.kernels.kernel import Kernel, TensorSpec, ViewKernel, Work, register, torch_dtype
 
 Ranges = tuple[tuple[int, int], ...]
 Place = tuple[
@@ -44,7 +44,7 @@ class Take(Kernel):
 
 @register("take_heads")
 @dataclass(frozen=True, slots=True)
-class TakeHeads(Kernel):
+class TakeHeads(ViewKernel):
     """Heads `start` to `stop`, a view."""
 
     start: int
@@ -52,13 +52,6 @@ class TakeHeads(Kernel):
 
     def outputs(self, *inputs: TensorSpec) -> tuple[TensorSpec, ...]:
         return (inputs[0].with_size(2, self.stop - self.start),)
-
-    @property
-    def aliases(self) -> dict[int, int]:
-        return {0: 0}
-
-    def work(self, *inputs: TensorSpec) -> Work:
-        return Work()
 
     def run(self, *inputs):
         return (inputs[0][:, :, self.start : self.stop],)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import median
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 from counterpoint.cluster.cluster import Cluster
@@ -17,7 +16,7 @@ from counterpoint.emulation.scale import (
     step_seconds,
 )
 from counterpoint.emulation.worker import Pass, Run, full_inputs
-from counterpoint.kernels.kernel import Kernel, TensorSpec, torch_dtype
+from counterpoint.kernels.kernel import torch_dtype
 from counterpoint.schedule.alone import without_messages
 from counterpoint.schedule.schedule import Compute, Copy, Schedule
 from counterpoint.strategies.sequence.attention import AttentionProblem, backward_schedule, forward_schedule
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 DTYPE = "float32"  # what CPUs compute fast in
 PROBE_TOKENS = 1024  # of the attention whose speed says how much this machine can do in a pass
 MOST_SECONDS = 20.0  # a pass that would compute longer is refused
-LONG_SECONDS = 0.3  # a kernel that takes so long is measured once
+PROBES = 3  # times that it runs, after one that warms up
 FASTER = 2.0  # how much faster links may be than in a timed model: fewer ranks share this machine
 
 
@@ -104,7 +103,9 @@ class Alone:
 
         self.schedule, self.alone, self.executor = schedule, without_messages(schedule), Executor(None)
         self.inputs = {
-            v.name: given.get(v.name, torch.randn(v.spec.shape).to(torch_dtype(v.spec.dtype)))
+            v.name: given[v.name]
+            if v.name in given
+            else torch.randn(v.spec.shape).to(torch_dtype(v.spec.dtype))
             for v in self.alone.inputs
         }
         self.rounds: list[list[float]] = []
@@ -135,47 +136,15 @@ def _flops(schedule: Schedule) -> int:
 
 def _flops_per_second(problem: AttentionProblem) -> float:
     """What attention of the problem's heads attains here, on one thread."""
-    probe = _schedules(shrunk(problem, max(1.0, problem.layout.tokens / PROBE_TOKENS), DTYPE), "forward")
-    first = max(probe, key=_flops)
-    return _flops(first) / sum(measure(first))
-
-
-def measure(schedule: Schedule) -> list[float]:
-    """Seconds that every step of a schedule takes here, on one thread; equal kernels are measured once."""
     import torch
 
-    threads = torch.get_num_threads()
+    probe = _schedules(shrunk(problem, max(1.0, problem.layout.tokens / PROBE_TOKENS), DTYPE), "forward")
+    first, threads = max(probe, key=_flops), torch.get_num_threads()
     torch.set_num_threads(1)
-    costs: dict[tuple[Kernel, tuple[TensorSpec, ...]], float] = {}
     try:
-        found = []
-        for step in schedule.steps:
-            if not isinstance(step, Compute):
-                found.append(0.0)
-                continue
-            specs = tuple(schedule.values[name].spec for name in step.inputs)
-            key = (step.kernel, specs)
-            if key not in costs:
-                work = step.kernel.work(*specs)
-                view = not work.flops and not work.nbytes
-                costs[key] = 0.0 if view else _time(step.kernel, specs)
-            found.append(costs[key])
-        return found
+        alone = Alone(first, {})
+        for _ in range(1 + PROBES):
+            alone.measure()
     finally:
         torch.set_num_threads(threads)
-
-
-def _time(kernel: Kernel, specs: Sequence[TensorSpec]) -> float:
-    """Seconds of a kernel once it is warm; of a short one, the best of a few."""
-    _once(kernel, specs)
-    first = _once(kernel, specs)
-    return first if first > LONG_SECONDS else min(first, *(_once(kernel, specs) for _ in range(3)))
-
-
-def _once(kernel: Kernel, specs: Sequence[TensorSpec]) -> float:
-    import torch
-
-    inputs: list[Tensor] = [torch.randn(spec.shape).to(torch_dtype(spec.dtype)) for spec in specs]
-    started = perf_counter()
-    kernel.run(*inputs)
-    return perf_counter() - started
+    return _flops(first) / sum(alone.seconds())
